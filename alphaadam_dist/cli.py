@@ -1,0 +1,191 @@
+"""The `alphaadam` command. What a subcommand needs is imported when it runs, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from alphaadam_dist.training import presets
+from alphaadam_dist.training.runs import open_run
+from alphaadam_dist.training.settings import OPTIMIZERS, Settings
+
+app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+_CPU_RANKS = 2
+_ZERO = 2
+_WHAT, _HOW = "What to train", "How to run it"
+
+
+@app.callback()
+def main() -> None:
+    """AlphaAdam: one optimizer, the same under any sharding."""
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A Hugging Face id, a local folder, or [bold]tiny-llama[/bold], a Llama of 1M parameters trained "
+            "from scratch.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = presets.TINY,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A Hugging Face id (or id:config), a local file or folder of text, or [bold]stdlib[/bold], the "
+            "source of Python's standard library.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "stdlib",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_WHAT)] = presets.STEPS,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Peak learning rate, for both optimizers. Default: {presets.TINY_LR:g} for tiny-llama, "
+            f"{presets.FINE_TUNING_LR:g} otherwise.",
+            rich_help_panel=_WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Blocks of text a rank and step.", rich_help_panel=_WHAT)] = presets.BATCH,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens in a block. Default: {presets.TINY_BLOCK} for tiny-llama, {presets.FINE_TUNING_BLOCK} "
+            "otherwise.",
+            rich_help_panel=_WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the data order.", rich_help_panel=_WHAT)] = 0,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare/--no-compare",
+            help="Train AdamW beside AlphaAdam: same data, seed, steps and learning rate.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = True,
+    zero: Annotated[
+        int | None,
+        typer.Option(help="DeepSpeed ZeRO stage: 0, 1, 2 or 3. Default: 2.", rich_help_panel=_HOW, show_default=False),
+    ] = None,
+    fsdp: Annotated[
+        bool,
+        typer.Option("--fsdp", help="Shard with PyTorch's FSDP2, under torchrun, not with ZeRO.", rich_help_panel=_HOW),
+    ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep the optimizer's state in CPU memory.", rich_help_panel=_HOW),
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks. Default: every GPU; two processes on the CPU where there is none.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results. Default: runs/train-1, runs/train-2, ...",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint in --out, or of the newest run.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+) -> None:
+    """Train a language model with AlphaAdam under DeepSpeed or FSDP, and AdamW beside it.
+
+    Without options: a small Llama on the standard library's own source, at ZeRO-2, in a few minutes without a GPU.
+
+    [bold]Examples[/bold]
+
+      alphaadam train
+
+      alphaadam train --resume
+
+      alphaadam train --fsdp
+
+      alphaadam train --model gpt2 --data notes/ --zero 3 --steps 1000 --no-compare
+    """
+    console = Console()
+    try:
+        settings = Settings(
+            model=model,
+            data=data,
+            zero=_ZERO if zero is None and not fsdp else zero,
+            fsdp=fsdp,
+            offload=offload,
+            steps=steps,
+            gpus=_ranks(gpus),
+            lr=presets.default_lr(model) if lr is None else lr,
+            batch=batch,
+            block=presets.default_block(model) if block is None else block,
+            seed=seed,
+        )
+        with open_run(out, resume, settings) as run:
+            if resume and not any(run.glob("*/checkpoint-*")):
+                console.print(f"No checkpoint in {run} yet: starting from the first step.", highlight=False)
+            # Imported once the settings are known to be good: transformers takes seconds.
+            from alphaadam_dist.training.main_job import run_main_job
+
+            run_main_job(console, run, settings, list(OPTIMIZERS) if compare else ["alphaadam"])
+    except KeyboardInterrupt:
+        console.print("\nInterrupted. The same command with --resume goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
+    except ImportError as error:
+        raise _failure(f"{error}; training needs pip install 'alphaadam-dist[deepspeed,hf]'") from None
+    except (ValueError, RuntimeError) as error:
+        raise _failure(str(error)) from None
+
+
+@app.command()
+def verify() -> None:
+    """Check on these machines that every sharding gives the same step. Start it on all ranks, under any launcher.
+
+    Trains a small Llama in one process and under DDP, FSDP1, FSDP2, HSDP, tensor parallelism and DeepSpeed's ZeRO, as
+    far as the number of ranks allows. Exits with 1 where a sharding's step is not that of one process.
+
+    [bold]Examples[/bold]
+
+      torchrun --nproc-per-node 4 --no-python alphaadam verify
+
+      deepspeed --num_gpus 4 --no_python --no_local_rank alphaadam verify
+
+      srun alphaadam verify
+    """
+    from alphaadam_dist.verify import verify as run
+
+    try:
+        raise typer.Exit(run())
+    except ValueError as error:
+        raise _failure(str(error)) from None
+
+
+def _failure(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def _ranks(gpus: int | None) -> int:
+    import torch
+
+    found = torch.cuda.device_count()
+    if gpus is None:
+        return found or _CPU_RANKS
+    if found and gpus > found:
+        raise ValueError(f"--gpus is {gpus}, but this machine has {found}: give --gpus {found} or leave it out")
+    return gpus

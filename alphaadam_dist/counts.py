@@ -1,0 +1,151 @@
+"""The statistics of the masks: counts of local shards in, one all-reduce, alpha of the whole model out.
+
+Counts are integers in float64, exact to 2^53 and in any order of summation, so every rank computes the same bits of
+alpha however the model is sharded. The buffer of one step is 32 bytes for global scope (agree, conflict, elements
+counted, squared gradient norm) and 16 bytes a parameter for layer scope (agree, conflict; 8 more in all for the norm
+where ``clip_norm`` asks for it). Device values are read on the host only where a docstring says so.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import rule
+from .ownership import Layout, Slot
+
+INITIAL_STATE = [0.0, 1.0, 0.0, 0.0]  # alphaadam_state = [T, alpha, A, C] before the first step
+
+
+class Statistics:
+    """T, alpha, A and C of a run, and the counts of the step that is open.
+
+    A step is ``open``, then with ``sync="exact"`` add* and reduce before strengths, with ``"delayed"`` strengths and
+    add* in any order and close at the end. A step that is opened and never reduced or closed leaves no trace.
+    """
+
+    def __init__(
+        self, *, gamma: float, alpha_max: float, alpha_warmup: int, scope: str, sync: str, clip_norm: float | None
+    ) -> None:
+        self.gamma, self.alpha_max, self.alpha_warmup = gamma, alpha_max, alpha_warmup
+        self.scope, self.sync, self.clip_norm = scope, sync, clip_norm
+        self.layout: Layout | None = None
+        self._memory = torch.tensor(INITIAL_STATE, dtype=torch.float64)
+        self._alpha = torch.ones(1, dtype=torch.float64)  # of each row: the open step's, or the last one's
+        self._applied = torch.ones((), dtype=torch.float64)  # T of the open step
+        self._buffer = torch.zeros(0, dtype=torch.float64)
+        self._squared_norm: Tensor | None = None
+        self._in_flight: tuple[Tensor, dist.Work | None] | None = None
+
+    def open(self, layout: Layout) -> None:
+        """A step begins: settle the last one, clear the buffer."""
+        self.settle()
+        if layout is not self.layout:
+            self.layout = layout
+            self._memory, self._alpha = self._memory.to(layout.device), self._alpha.to(layout.device)
+            if len(self._alpha) != layout.rows:
+                self._alpha = torch.ones(layout.rows, dtype=torch.float64, device=layout.device)
+        tail = 2 if self.scope == "global" else int(self.clip_norm is not None)
+        self._buffer = torch.zeros(2 * layout.rows + tail, dtype=torch.float64, device=layout.device)
+        self._squared_norm = None
+        self._applied = self._memory[0] + 1
+        if self.sync == "delayed":
+            self._alpha = self._alpha_of(self._memory[2:])
+
+    def add(self, slots: tuple[Slot, ...], counts: Tensor) -> None:
+        """Add the counts, int64 (n, 2), of n slots; those of slots that another rank owns are dropped."""
+        assert self.layout is not None
+        if not slots:
+            return
+        rows, owned, numel = self.layout.gather(slots)
+        mine = counts.to(self.layout.device, torch.float64) * owned[:, None]
+        self._buffer[: 2 * self.layout.rows].view(-1, 2).index_add_(0, rows, mine)
+        if self.scope == "global":
+            self._buffer[2] += numel
+
+    def add_norms(self, slots: tuple[Slot, ...], squared_norms: Tensor) -> None:
+        """Add squared gradient norms, float64 (n,), of n slots, as ``add`` does counts."""
+        assert self.layout is not None
+        if slots:
+            _, owned, _ = self.layout.gather(slots)
+            self._buffer[-1] += (squared_norms.to(self.layout.device) * owned).sum()
+
+    def reduce_norm(self) -> None:
+        """All-reduce the norm by itself: a threshold must know the clipped gradient before it can count."""
+        norm = self._buffer[-1:].clone()
+        self._buffer[-1] = 0
+        self._all_reduce(norm)
+        self._squared_norm = norm[0]
+
+    def reduce(self) -> None:
+        """All-reduce the open step's counts, take its alpha from them and remember both."""
+        self._all_reduce(self._buffer)
+        if self.clip_norm is not None and self._squared_norm is None:
+            self._squared_norm = self._buffer[-1]
+        counts = self._counts(self._buffer)
+        alpha = self._alpha_of(counts)
+        self._alpha = torch.where(counts.sum() > 0, alpha, self._alpha)
+        self._remember(counts, alpha[0] if self.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0])
+
+    def close(self) -> None:
+        """A delayed step ends: send its counts off, to be awaited when the next step opens."""
+        self._in_flight = self._buffer, self._all_reduce(self._buffer, async_op=True)
+
+    def settle(self) -> None:
+        """Await counts in flight and remember them. Starts no collective."""
+        if self._in_flight is not None:
+            buffer, work = self._in_flight
+            self._in_flight = None
+            if work is not None:
+                work.wait()
+            self._remember(self._counts(buffer), self._alpha[0])
+
+    def strengths(self, slots: tuple[Slot, ...]) -> Tensor:
+        """f where each of n slots agrees and where it conflicts: float64 (n, 2)."""
+        assert self.layout is not None
+        f_agree, f_conflict = rule.strengths(self._alpha, self._applied, self.gamma, self.alpha_warmup)
+        by_row = torch.stack((f_agree, f_conflict.expand_as(f_agree)), dim=1)
+        return by_row.expand(len(slots), 2) if self.scope == "global" else by_row[self.layout.gather(slots)[0]]
+
+    def clip_coefficient(self) -> Tensor | None:
+        """min(1, clip_norm / (norm + 1e-6)), 0-dim float64, as in torch's clip_grad_norm_; None without clipping."""
+        if self._squared_norm is None or self.clip_norm is None:
+            return None
+        return (self.clip_norm / (self._squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
+
+    def load(self, values: list[float]) -> None:
+        """Take over [T, alpha, A, C] in place of this run's own; alphas by layer start at 1 again."""
+        self.settle()
+        self._memory = torch.tensor(values, dtype=torch.float64, device=self._memory.device)
+        self._alpha = torch.full_like(self._alpha, values[1] if self.scope == "global" else 1.0)
+
+    def state(self) -> list[float]:
+        """[T, alpha, A, C]. Settles and reads the device: synchronises."""
+        self.settle()
+        return self._memory.tolist()
+
+    def alphas(self) -> list[float]:
+        """alpha of every row in the last step. Settles and reads the device: synchronises."""
+        self.settle()
+        return self._alpha.tolist()
+
+    def _all_reduce(self, tensor: Tensor, async_op: bool = False) -> dist.Work | None:
+        assert self.layout is not None
+        if self.layout.group is None:
+            return None
+        return dist.all_reduce(tensor, group=self.layout.group, async_op=async_op)
+
+    def _counts(self, buffer: Tensor) -> Tensor:
+        assert self.layout is not None
+        return buffer[: 2 * self.layout.rows]
+
+    def _alpha_of(self, counts: Tensor) -> Tensor:
+        agree, conflict = counts.view(-1, 2).unbind(1)
+        return rule.alpha_from_counts(agree, conflict, self.gamma, self.alpha_max)
+
+    def _remember(self, counts: Tensor, alpha: Tensor) -> None:
+        """Make a step that had evidence the last one; a step without any changes nothing."""
+        total = counts.view(-1, 2).sum(0)
+        after = torch.stack((self._applied, alpha, total[0], total[1]))
+        self._memory = torch.where(total.sum() > 0, after, self._memory)

@@ -1,0 +1,436 @@
+"""AlphaAdam as a torch.optim.Optimizer, for parameters sharded in any way.
+
+A step is three acts. **Count**: read (g, m) of every local shard. **Reduce**: one all-reduce makes the counts those
+of the whole model, and alpha follows. **Update**: write (p, m, v). With ``sync="delayed"`` the update counts as it
+goes and its alpha comes from the counts of the step before. Under DeepSpeed's ZeRO the wrapper calls ``step()`` once
+per partition, so ``zero/`` plays the acts itself, through ``open_step``, ``count`` and ``close_step``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import options
+from .counts import INITIAL_STATE, Statistics
+from .kernels import reference as kernels
+from .ownership import Layout, Slot, build_layout, statistics_device
+from .shards import Shard, clean_name, cut, fsdp1
+from .shards.select import shards_of
+
+
+class AlphaAdam(Optimizer):
+    """AdamW that steps where momentum and gradient agree, holds back where they conflict, and makes up for it.
+
+    The result is the same however the model is sharded: build it after sharding and use it like torch.optim.AdamW.
+    The algorithm is arXiv 2501.18094 as defined in :mod:`alphaadam_dist.rule`.
+
+    Args:
+        params: tensors, named_parameters() or groups of either; plain tensors or DTensors. Names make layer
+            statistics readable and tell parameters apart across pipeline stages.
+        lr: learning rate, AdamW's. A one-element tensor is taken too. Per group.
+        betas: decay rates of the first and second moment. Per group.
+        eps: added to the root of the second moment. Per group.
+        weight_decay: decoupled, never masked. Per group.
+        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is AdamW.
+        alpha_max: bound on alpha, 1 or more.
+        threshold: tau; opposition weaker than tau * g^2 is no conflict. 0 compares signs only.
+        alpha_warmup: number of steps over which the masks gain their strength.
+        scope: "global": one alpha for the whole model; "layer": one for each parameter.
+        sync: "exact": this step's counts make this step's alpha; "delayed": the last step's do, which costs no extra
+            pass over memory and hides the communication.
+        clip_norm: clip gradients by their global L2 norm inside the step; exact only.
+        sharding: what plain tensors are: "replicated": whole on every rank; "sharded": a different part of the
+            parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
+        process_group: over which the model is sharded; by default all ranks, but FSDP1 and pipeline stages of plain
+            tensors must be given it.
+        fused, capturable: for the kernels of a later version; only None and False are taken.
+        maximize: ascend.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range, options that contradict each other, a parameter of a kind not served.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        gamma: float = 0.0,
+        alpha_max: float = 4.0,
+        threshold: float = 0.0,
+        alpha_warmup: int = 0,
+        scope: str = "global",
+        sync: str = "exact",
+        clip_norm: float | None = None,
+        sharding: str = "auto",
+        process_group: dist.ProcessGroup | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        maximize: bool = False,
+        **unknown: Any,
+    ) -> None:
+        known = [n for n in inspect.signature(AlphaAdam.__init__).parameters if n not in ("self", "params", "unknown")]
+        options.refuse_unknown(unknown, known, unknown)
+        if sharding not in ("auto", "replicated", "sharded"):
+            raise ValueError(f"sharding={sharding!r} is unknown: give 'auto', 'replicated' or 'sharded'")
+        options.check_fused(fused)
+        options.refuse_zero_redundancy()
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "gamma": gamma, "alpha_max": alpha_max, "threshold": threshold, "alpha_warmup": alpha_warmup,
+            "scope": scope, "sync": sync, "clip_norm": clip_norm, "maximize": maximize, "capturable": capturable,
+            "fused": fused, "alphaadam_state": INITIAL_STATE, **options.ADAMW_KEYS,
+        }  # fmt: skip
+        options.check_group(defaults)
+        options.check_shared(defaults)
+        self.sharding = sharding
+        self.process_group = process_group
+        self._start()
+        super().__init__(params, defaults)
+
+    def _start(self) -> None:
+        """Attributes that no checkpoint carries."""
+        self._statistics: Statistics | None = None
+        self._published: list[float] | None = None  # the list that is in param_groups while nobody replaced it
+        self._layout: Layout | None = None
+        self._counted = False  # in the open step
+        self._fixed_layout = False
+        self._driven = False
+
+    # ---- parameter groups and checkpoints -------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group. Raises ValueError, and adds nothing, where it contradicts an option of the whole optimizer."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            options.check_group(group)
+            group["betas"] = tuple(group["betas"])
+            self._check_shared(group, f"parameter group {len(self.param_groups) - 1}")
+            for param in group["params"]:
+                if param.is_complex() or not param.is_floating_point():
+                    raise ValueError(f"a parameter has dtype {param.dtype}: AlphaAdam takes real floating point")
+            for name, param in self._named_parameters(len(self.param_groups) - 1):
+                self._shards_of(name, param)  # for its errors
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_shared(self, group: Mapping[str, Any], where: str) -> None:
+        for name in options.SHARED:
+            if group.get(name, self.defaults[name]) != self.defaults[name]:
+                raise ValueError(
+                    f"{name}={group[name]!r} in {where} contradicts {name}={self.defaults[name]!r} of the optimizer: "
+                    f"{name} holds for all groups, so give it to AlphaAdam(...) and leave it out of groups"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._publish()
+        return {**super().__getstate__(), "sharding": self.sharding, "process_group": self.process_group}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded state, AdamW's too. What the constructor was told wins over what a checkpoint says."""
+        super().__setstate__(state)
+        if "defaults" in state:  # unpickled or copied, not loaded
+            self._start()
+        for group in self.param_groups:
+            for name in options.SHARED:
+                if name in group and group[name] != self.defaults[name]:
+                    warnings.warn(
+                        f"the checkpoint was written with {name}={group[name]!r}; going on with "
+                        f"{name}={self.defaults[name]!r} as given to AlphaAdam(...)",
+                        stacklevel=3,
+                    )
+                group[name] = self.defaults[name]
+            group["fused"] = self.defaults["fused"]
+            group["betas"] = tuple(group["betas"])
+            for name, value in self.defaults.items():
+                # a list of its own: _adopt sees by identity that somebody else put it there
+                group.setdefault(name, list(value) if name == "alphaadam_state" else value)
+            for param in group["params"]:
+                held = self.state.get(param)
+                if held and "step" in held:
+                    held["step"] = torch.as_tensor(held["step"], dtype=torch.float32, device="cpu")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of AlphaAdam's or AdamW's. Raises ValueError where the parameter groups are not those saved."""
+        options.check_saved_groups(state_dict, len(self.param_groups))
+        super().load_state_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises."""
+        self._publish()
+        return super().state_dict()
+
+    def _adopt(self) -> Statistics:
+        """The statistics, after taking over an alphaadam_state that somebody put into the parameter groups."""
+        if self._statistics is None:
+            names = ("gamma", "alpha_max", "alpha_warmup", "scope", "sync", "clip_norm")
+            self._statistics = Statistics(**{name: self.defaults[name] for name in names})
+        held = self.param_groups[0].get("alphaadam_state", INITIAL_STATE)
+        if held is not self._published:
+            self._statistics.load(held)
+            self._put(held)
+        return self._statistics
+
+    def _publish(self) -> None:
+        """Write the statistics of the device into every parameter group."""
+        self._put(self._adopt().state())
+
+    def _put(self, state: list[float]) -> None:
+        self._published = state
+        for group in self.param_groups:
+            group["alphaadam_state"] = state
+
+    # ---- what a user reads ----------------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float | dict[str, float]:
+        """alpha of the last step; with scope="layer" a dict of parameter name -> alpha. Synchronises.
+
+        1 before the first step. A checkpoint does not carry the alphas by layer, so they read 1 until the next step.
+        """
+        statistics = self._adopt()
+        if self.defaults["scope"] == "global":
+            return statistics.state()[1]
+        if statistics.layout is None:
+            return {}
+        alphas = statistics.alphas()
+        return {key: alphas[row] for row, key in sorted(statistics.layout.keys.items(), key=lambda item: item[1])}
+
+    @property
+    def agreement(self) -> dict[str, float]:
+        """Coordinates of the whole model that agreed and conflicted in the last step, and their share of it.
+
+        dict(agree=int, conflict=int, evidence_fraction=float). The fraction is 0 until this process has stepped.
+        Synchronises.
+        """
+        _, _, agree, conflict = self._adopt().state()
+        return {"agree": int(agree), "conflict": int(conflict), "evidence_fraction": self._share(agree + conflict)}
+
+    def _share(self, evidence: float) -> float:
+        return evidence / self._layout.numel if self._layout is not None and self._layout.numel else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """The last step in numbers to log. Synchronises.
+
+        dict(alpha, agreement, evidence, steps): alpha of the whole model also with scope="layer", the agreeing share
+        of the evidence (1 before the first step), the evidence's share of the model, and T.
+        """
+        steps, alpha, agree, conflict = self._adopt().state()
+        evidence = agree + conflict
+        agreement = agree / evidence if evidence else 1.0
+        return {"alpha": alpha, "agreement": agreement, "evidence": self._share(evidence), "steps": steps}
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient. Collective where the model is sharded.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._driven:
+            self._update()
+            return loss
+        self.open_step(self._current_layout())
+        if self.defaults["sync"] == "exact":
+            self._count_gradients()
+        self._update()
+        self.close_step()
+        return loss
+
+    def use_layout(self, layout: Layout, *, driven: bool) -> None:
+        """Take the layout from outside. ``driven``: the caller opens, counts and closes each step, ``step`` updates."""
+        self._layout = layout
+        self._fixed_layout = True
+        self._driven = driven
+
+    def open_step(self, layout: Layout) -> None:
+        """A step of the whole model begins. Whatever an unfinished one counted is forgotten."""
+        for i, group in enumerate(self.param_groups):
+            self._check_shared(group, f"parameter group {i}")
+            if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
+                raise ValueError("AlphaAdam does not take sparse gradients: build the embedding with sparse=False")
+        self._layout = layout
+        self._counted = False
+        self._adopt().open(layout)
+
+    def close_step(self) -> None:
+        """A step of the whole model has been applied."""
+        if self.defaults["sync"] == "delayed":
+            self._adopt().close()
+
+    def count(self, gradients: Iterable[tuple[Tensor, Sequence[Tensor]]], scale: Tensor | float | None = None) -> None:
+        """Count the whole model's masks and reduce them: the first two acts of an exact step. Collective.
+
+        Args:
+            gradients: for every local optimizer parameter that has one its gradient, in pieces that concatenate to
+                the flattened local tensor. Scaled by any positive factor if the threshold is 0.
+            scale: multiplies the gradients into true ones where the threshold needs that.
+        """
+        layout, statistics = self._layout, self._statistics
+        assert layout is not None
+        assert statistics is not None
+        threshold = self.defaults["threshold"]
+        clip = self.defaults["clip_norm"] is not None
+        slots: list[Slot] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        for param, pieces in gradients:
+            exp_avg = _local(self._state(param)["exp_avg"])
+            for slot, start, grad in _owned_pieces(layout.slots[param], pieces):
+                slots.append(slot)
+                grads.append(grad)
+                whole = slot.whole and grad.numel() == exp_avg.numel()
+                exp_avgs.append(exp_avg.view(grad.shape) if whole else exp_avg.view(-1)[start : start + grad.numel()])
+        if clip:
+            statistics.add_norms(tuple(slots), kernels.squared_norms(grads))
+            if threshold > 0:
+                statistics.reduce_norm()
+                scale = statistics.clip_coefficient()
+        statistics.add(tuple(slots), kernels.count(grads, exp_avgs, threshold=threshold, scale=scale))
+        statistics.reduce()
+        self._counted = True
+
+    def _count_gradients(self) -> None:
+        grads = [(param, self._gradient(param)) for group in self.param_groups for param in group["params"]]
+        self.count((param, [grad]) for param, grad in grads if grad is not None)
+
+    def _update(self) -> None:
+        """The third act, for the parameters that are in the groups now."""
+        delayed = self.defaults["sync"] == "delayed"
+        layout, statistics = self._layout, self._statistics
+        if layout is None or statistics is None or not (delayed or self._counted):
+            raise RuntimeError(
+                "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
+                "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
+            )
+        coefficient = statistics.clip_coefficient()
+        for group in self.param_groups:
+            slots: list[Slot] = []
+            steps: list[float] = []
+            lists: tuple[list[Tensor], ...] = ([], [], [], [])
+            for param in group["params"]:
+                grad = self._gradient(param)
+                if grad is None:
+                    continue
+                if coefficient is not None:
+                    grad = grad * coefficient.to(grad.device, grad.dtype)
+                state = self._state(param)
+                state["step"] = state["step"] + 1  # a new tensor: checkpoints may have made ranks of it share one
+                tensors = (_local(param), grad, _local(state["exp_avg"]), _local(state["exp_avg_sq"]))
+                for slot in layout.slots[param]:
+                    slots.append(slot)
+                    steps.append(float(state["step"]))
+                    for into, tensor in zip(lists, tensors, strict=True):
+                        into.append(tensor if slot.whole else tensor.view(-1)[slot.start : slot.start + slot.numel])
+            counts = kernels.update(
+                *lists,
+                strengths=statistics.strengths(tuple(slots)),
+                threshold=self.defaults["threshold"],
+                steps=steps,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                counting=delayed,
+            )
+            if counts is not None:
+                statistics.add(tuple(slots), counts)
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        """The local gradient, negated to maximize; None where there is none."""
+        grad = param.grad
+        if grad is None:
+            return None
+        if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+            # as AdamW's operations would; kept, because the update reads what was counted
+            param.grad = grad = grad.redistribute(placements=param.placements)
+        local = _local(grad)
+        return -local if self.defaults["maximize"] else local
+
+    def _state(self, param: Tensor) -> dict[str, Any]:
+        """The parameter's state, created as AdamW creates it where there is none."""
+        state = self.state[param]
+        if len(state) == 0:  # DeepSpeed leaves empty dicts behind
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+    # ---- the layout -----------------------------------------------------------------------------------------------
+
+    def _current_layout(self) -> Layout:
+        """The layout, built anew (collective) when the parameters are not those it was built for."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        layout = self._layout
+        if layout is not None and self._fixed_layout:
+            return layout
+        same = layout is not None and len(layout.params) == len(params)
+        if layout is not None and same and all(a is b for a, b in zip(layout.params, params, strict=True)):
+            return layout
+        named = self._named_parameters()
+        held = [self._shards_of(name, param) for name, param in named]
+        group = self._reduce_group(held)
+        return build_layout(
+            params,
+            held,
+            [_local(param).numel() for param in params],
+            scope=self.defaults["scope"],
+            group=group,
+            device=statistics_device(params, group),
+            names=[key for name, param in named for key in fsdp1.keys(param, name)],
+        )
+
+    def _named_parameters(self, first_group: int = 0) -> list[tuple[str, Tensor]]:
+        named = []
+        for i, group in list(enumerate(self.param_groups))[first_group:]:
+            names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
+            named += [(clean_name(name), param) for name, param in zip(names, group["params"], strict=True)]
+        return named
+
+    def _shards_of(self, name: str, param: Tensor) -> list[Shard]:
+        named = "param_names" in self.param_groups[0]
+        return shards_of(param, name, named=named, sharding=self.sharding, group=self.process_group)
+
+    def _reduce_group(self, held: Sequence[Sequence[Shard]]) -> dist.ProcessGroup | None:
+        """The group to reduce over; None where every rank holds the whole model and nothing needs reducing."""
+        if self.process_group is None and all(shard.replicated for shards in held for shard in shards):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def _owned_pieces(slots: Sequence[Slot], pieces: Sequence[Tensor]) -> Iterable[tuple[Slot, int, Tensor]]:
+    """(slot, start, gradient) for the pieces of a gradient along the slots that this rank counts."""
+    if len(pieces) == 1 and len(slots) == 1 and slots[0].whole:
+        return [(slots[0], 0, pieces[0])] if slots[0].owned else []
+    return cut(pieces, [(slot.start, slot.numel, slot) for slot in slots if slot.owned])

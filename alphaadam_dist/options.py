@@ -1,0 +1,120 @@
+"""The options of the optimizer: what each may be, and errors that name the field, the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+SHARED = ("gamma", "alpha_max", "threshold", "alpha_warmup", "scope", "sync", "clip_norm", "maximize", "capturable")
+"""Options of the whole optimizer: equal in every parameter group, and the constructor's win over a checkpoint's."""
+
+FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
+ADAMW_KEYS = {"foreach": None, **FIXED}
+"""Group keys of torch.optim.AdamW that mean nothing here, kept so that checkpoints load both ways."""
+
+
+def refuse_unknown(unknown: Iterable[str], known: Iterable[str], values: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first unknown option, with the nearest known one."""
+    names = sorted(known)
+    for name in unknown:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "remove it."
+        raise TypeError(f"AlphaAdam has no option {name!r} (={values[name]!r}): {hint} Options: {', '.join(names)}")
+
+
+def _number(name: str, value: Any, rule: str, low: float, high: float = math.inf, *, below: bool = False) -> None:
+    if isinstance(value, Tensor) and name == "lr":
+        if value.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {tuple(value.shape)}: give it one element")
+        if value.device.type != "cpu":
+            return  # reading it would synchronise
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}: give a number, {rule}")
+    if not (low <= value < high if below else low <= value <= high) or (math.isinf(value) and name != "alpha_max"):
+        raise ValueError(f"{name}={value!r} is out of range: {rule}")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check the hyperparameters that each parameter group has of its own. Raises ValueError."""
+    _number("lr", group["lr"], "it must be 0 or more", 0)
+    _number("eps", group["eps"], "it must be 0 or more", 0)
+    _number("weight_decay", group["weight_decay"], "it must be 0 or more", 0)
+    for name, value in FIXED.items():
+        if group.get(name, value) != value:
+            raise ValueError(f"{name}={group[name]!r}: AlphaAdam has no such option, remove it")
+    check_fused(group.get("fused"))
+    for name in ("sharding", "process_group"):
+        if name in group:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: it holds for all groups, so give it to AlphaAdam(...)"
+            )
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: give two numbers, as in (0.9, 0.999)")
+    for i, beta in enumerate(betas):
+        _number(f"betas[{i}]", beta, "it must be at least 0 and less than 1", 0, 1, below=True)
+
+
+def check_shared(options: Mapping[str, Any]) -> None:
+    """Check the options of the whole optimizer, each by itself and against the others. Raises ValueError."""
+    _number("gamma", options["gamma"], "it must be between 0 (hold conflicting coordinates) and 1 (AdamW)", 0, 1)
+    _number("alpha_max", options["alpha_max"], "it must be 1 or more", 1)
+    _number("threshold", options["threshold"], "it must be 0 or more (0 compares signs)", 0)
+    _number("alpha_warmup", options["alpha_warmup"], "it must be 0 (none) or a number of steps", 0)
+    for name, choices in (("scope", ("global", "layer")), ("sync", ("exact", "delayed"))):
+        if options[name] not in choices:
+            raise ValueError(f"{name}={options[name]!r} is unknown: give {choices[0]!r} or {choices[1]!r}")
+    if options["clip_norm"] is not None:
+        _number("clip_norm", options["clip_norm"], "it must be more than 0, or None for no clipping", math.ulp(0.0))
+    if options["sync"] == "delayed" and options["scope"] == "layer":
+        raise ValueError(
+            "sync='delayed' with scope='layer' is not defined: counts of one step ago say little about one layer. "
+            "Use scope='global', or sync='exact'"
+        )
+    if options["sync"] == "delayed" and options["clip_norm"] is not None:
+        raise ValueError(
+            f"sync='delayed' with clip_norm={options['clip_norm']!r}: clipping needs this step's norm before the "
+            "update, which is the all-reduce that delayed avoids. Use sync='exact', or clip before step()"
+        )
+    if options["capturable"]:
+        raise ValueError("capturable=True needs the GPU kernels, which this version does not have: leave it False")
+
+
+def check_saved_groups(state_dict: Mapping[str, Any], here: int) -> None:
+    """Raise ValueError where an optimizer of ``here`` parameter groups cannot go on with a saved state."""
+    saved = len(state_dict["param_groups"])
+    if saved != here:
+        raise ValueError(
+            f"the checkpoint has {saved} parameter groups, this optimizer has {here}: the groups must be those it was "
+            "saved with (in a DeepSpeed config, adding or removing no_decay changes them)"
+        )
+    if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+        raise ValueError("the checkpoint has amsgrad=True, which AlphaAdam does not have: load it into AdamW")
+
+
+def check_fused(fused: bool | None) -> None:
+    """Raises ValueError where fused kernels are asked for."""
+    if fused:
+        raise ValueError("fused=True: this version has the reference kernels only. Leave fused=None")
+
+
+def refuse_zero_redundancy() -> None:
+    """Raise ValueError where torch's ZeroRedundancyOptimizer is building the optimizer that calls this.
+
+    It gives each rank an optimizer over some of the parameters and says nothing of the others.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            raise ValueError(
+                "ZeroRedundancyOptimizer(optimizer_class=AlphaAdam) is not served: each rank would get an alpha of its "
+                "own, from its own parameters. Use torch.distributed.fsdp.fully_shard(model, "
+                "reshard_after_forward=False), or DeepSpeed's ZeRO stage 1, which shard the state too"
+            )

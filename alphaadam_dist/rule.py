@@ -1,0 +1,180 @@
+"""AlphaAdam, the algorithm, on plain tensors. Everything else in this package is a faster or sharded way to do this.
+
+AlphaAdam (Chang, Li, Yuan, arXiv 2501.18094) is AdamW with a question asked at every coordinate: do the momentum
+collected so far and the new gradient point the same way? Where they do, it steps; where they don't, it holds back; and
+a factor alpha makes up on the first kind for what was held back on the second. The paper gives this frame and leaves
+the details open; what follows is this library's definition.
+
+With g the true gradient (unscaled, clipped, negated first to maximize) and m, v the moments BEFORE the step:
+
+    evidence   g != 0                                 NaN is evidence
+    conflict   evidence and m * g < -threshold * g^2  at threshold 0: the signs are opposite
+    agree      evidence and not conflict              no history (m = 0) is no conflict
+    neutral    no evidence                            an embedding row that saw no token, the padding of a partition
+
+    A, C  = number of agreeing and of conflicting coordinates of the scope: the whole model, or one parameter
+    alpha = min(alpha_max, 1 + (1 - gamma) * C / A)   1 where A = 0
+    r     = min(1, T / alpha_warmup)                  1 without warm-up; T counts this step
+    f     = 1 + r (alpha - 1) where agree,  1 - r (1 - gamma) where conflict,  1 where neutral
+
+    p *= 1 - lr * weight_decay                        decoupled, never masked
+    m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+    p -= lr / (1 - beta1^t) * (f * m) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+What follows from it, each a test: the mean of f over the evidence is 1 (while alpha_max is not met), so AdamW's
+learning rate carries over. Without conflict, with gamma = 1, and on the first step it is torch.optim.AdamW bit for
+bit. At threshold 0 only signs enter A and C, so neither loss scale nor clipping changes them and their sums are
+integers, the same in any order and under any sharding. f multiplies and never selects, so NaN and inf go where they
+go in AdamW. docs/algorithm.md says what is known about all this and what is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def classify(grad: Tensor, exp_avg: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Judge every coordinate: (agree, conflict), two bool tensors of grad's shape; neutral is neither.
+
+    ``exp_avg`` is the first moment before this step. At threshold 0 only signs are compared and ``grad`` may be
+    scaled by any positive number; above 0 ``grad`` must be the true gradient. Products that could underflow are
+    avoided: m * g < -threshold * g^2 is compared after division by |g|.
+    """
+    signed = exp_avg * grad.sign()
+    # at 0 no product with the threshold, because 0 * inf is NaN
+    conflict = signed < (grad.to(exp_avg.dtype).abs() * -threshold if threshold > 0 else 0)
+    return (grad != 0) & ~conflict, conflict
+
+
+def alpha_from_counts(agree: Tensor, conflict: Tensor, gamma: float, alpha_max: float) -> Tensor:
+    """alpha of each scope from its counts, float64 tensors of equal shape. 1 where nothing agrees."""
+    ratio = (1 - gamma) * conflict / agree.clamp(min=1)
+    return torch.where(agree > 0, 1 + ratio, 1.0).clamp(max=alpha_max)
+
+
+def strengths(alpha: Tensor, applied: Tensor, gamma: float, alpha_warmup: int) -> tuple[Tensor, Tensor]:
+    """f where coordinates agree (shape of ``alpha``) and where they conflict (0-dim), both float64.
+
+    ``applied`` is T, the number of whole-model steps applied so far with this one counted, a 0-dim tensor.
+    """
+    r = (applied / alpha_warmup).clamp(max=1.0) if alpha_warmup > 0 else torch.ones_like(applied)
+    return 1 + r * (alpha - 1), 1 - r * (1 - gamma)
+
+
+def factor(agree: Tensor, conflict: Tensor, f_agree: Tensor, f_conflict: Tensor, dtype: torch.dtype) -> Tensor:
+    """f for every coordinate, in ``dtype``, from the masks of :func:`classify` and two 0-dim strengths."""
+    one = torch.ones((), dtype=dtype, device=agree.device)
+    return torch.where(agree, f_agree.to(dtype), torch.where(conflict, f_conflict.to(dtype), one))
+
+
+def update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    f: Tensor,
+    *,
+    step: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW update with the direction multiplied by ``f``. Mutates param, exp_avg and exp_avg_sq.
+
+    ``step`` is t, this parameter's number of updates with this one counted. The operations and their order are those
+    of torch.optim.AdamW(foreach=False, fused=False), so f = 1 gives its bits.
+    """
+    beta1, beta2 = betas
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denom = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    param.addcdiv_(exp_avg * f, denom, value=-(lr / (1 - beta1**step)))
+
+
+@dataclass
+class Coordinates:
+    """One parameter tensor with its moments and hyperparameters, as :func:`step_` takes it."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    step: float = 0.0
+
+
+@dataclass
+class Memory:
+    """What a run carries from step to step beside the moments: T, and alpha, A and C of the last step with evidence."""
+
+    applied: float = 0.0
+    alpha: float = 1.0
+    agree: float = 0.0
+    conflict: float = 0.0
+
+
+def step_(
+    model: Sequence[Coordinates],
+    grads: Sequence[Tensor | None],
+    memory: Memory,
+    *,
+    gamma: float = 0.0,
+    alpha_max: float = 4.0,
+    threshold: float = 0.0,
+    alpha_warmup: int = 0,
+    scope: str = "global",
+    sync: str = "exact",
+    clip_norm: float | None = None,
+    maximize: bool = False,
+) -> list[float]:
+    """One whole step of the rule over all parameters of a model, in one process. Mutates model and memory.
+
+    Returns the alpha that each parameter was updated with. ``sync="delayed"`` takes alpha from the counts of the
+    step before. A gradient None means no evidence, no update, no decay; a step without any evidence leaves memory as
+    it is. ``clip_norm`` scales the gradients by min(1, clip_norm / (global L2 norm + 1e-6)) first, as torch's
+    clip_grad_norm_ does.
+    """
+    present = [(c, -g if maximize else g) for c, g in zip(model, grads, strict=True) if g is not None]
+    if clip_norm is not None:
+        norm = sum((g.double().square().sum() for _, g in present), torch.zeros((), dtype=torch.float64)).sqrt()
+        coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        present = [(c, g * coefficient.to(g.dtype)) for c, g in present]
+
+    masks = [classify(g, c.exp_avg, threshold) for c, g in present]
+    counts = torch.tensor([[agree.sum(), conflict.sum()] for agree, conflict in masks], dtype=torch.float64)
+    counts = counts.reshape(-1, 2)  # also where no parameter has a gradient
+    total = counts.sum(0)
+    if sync == "delayed":
+        alpha = alpha_from_counts(
+            torch.tensor(memory.agree).double(), torch.tensor(memory.conflict).double(), gamma, alpha_max
+        )
+    else:
+        alpha = alpha_from_counts(total[0], total[1], gamma, alpha_max)
+    per_parameter = (
+        alpha_from_counts(counts[:, 0], counts[:, 1], gamma, alpha_max)
+        if scope == "layer"
+        else alpha.expand(len(present))
+    )
+
+    applied = torch.tensor(memory.applied + 1, dtype=torch.float64)
+    f_agree, f_conflict = strengths(per_parameter, applied, gamma, alpha_warmup)
+    for (c, g), (agree, conflict), f in zip(present, masks, f_agree, strict=True):
+        c.step += 1
+        fs = factor(agree, conflict, f, f_conflict, c.exp_avg.dtype)
+        update_(
+            c.param, g, c.exp_avg, c.exp_avg_sq, fs,
+            step=c.step, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
+        )  # fmt: skip
+
+    if total.sum() > 0:
+        memory.applied, memory.alpha = float(applied), float(alpha)
+        memory.agree, memory.conflict = (float(x) for x in total)
+    return [float(a) for a in per_parameter]

@@ -1,0 +1,44 @@
+"""Which kind of sharding a parameter is under, and so which file of this folder describes it."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from . import Shard, dtensor, fsdp1, plain
+
+
+def shards_of(param: Tensor, key: str, *, named: bool, sharding: str, group: dist.ProcessGroup | None) -> list[Shard]:
+    """The shards that an optimizer parameter of the name ``key`` holds on this rank.
+
+    Args:
+        named: ``key`` is the model's name for it, not a place in the optimizer's list.
+        sharding, group: the optimizer's options of that name and ``process_group``.
+
+    Raises:
+        ValueError: it cannot be told which part of the model this is, with what the user must say.
+    """
+    if isinstance(param, DTensor):
+        return dtensor.shards(param, key)
+    if sharding == "replicated":
+        return plain.shards(param, key)
+    if fsdp1.marked(param):
+        return fsdp1.shards(param, key, None if group is None and sharding == "auto" else _rank(sharding, group))
+    if sharding == "sharded":
+        return plain.shards(param, key, _rank(sharding, group))
+    if group is not None and not named:
+        raise ValueError(
+            f"process_group={group!r} with plain tensors that have no names: on another pipeline stage {key!r} may be "
+            "another parameter. Give AlphaAdam model.named_parameters()"
+        )
+    return plain.shards(param, key)
+
+
+def _rank(sharding: str, group: dist.ProcessGroup | None) -> int:
+    if not dist.is_initialized():
+        raise ValueError(
+            f"sharding={sharding!r} needs a process group: call torch.distributed.init_process_group() before building "
+            "the optimizer, or leave sharding='auto' in one process"
+        )
+    return dist.get_rank(group)

@@ -1,0 +1,66 @@
+"""Trainer callbacks: what AlphaAdam's masks did in every log, the log file, and the mark of a whole checkpoint.
+
+`AlphaMetrics` must stand before the callbacks that write logs out: it adds its numbers to the entry they receive.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alphaadam_dist.training import checkpoints, metrics
+
+
+def find_alpha_optimizer(optimizer: Any) -> Any | None:
+    """The AlphaAdam inside the wrappers of DeepSpeed, Accelerate and the Trainer; None where there is none."""
+    while optimizer is not None:
+        # Asked of the class: reading the property itself waits for the device.
+        if hasattr(type(optimizer), "alpha"):
+            return optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+class AlphaMetrics(TrainerCallback):
+    """Adds AlphaAdam's `metrics()` (alpha, agreement, evidence, steps) to the entries that carry a training loss."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Read the optimizer only when a log is written: reading waits for the device."""
+        logs = kwargs["logs"]
+        optimizer = find_alpha_optimizer(kwargs["optimizer"]) if "loss" in logs else None
+        if optimizer is not None:
+            logs.update(optimizer.metrics())
+            state.log_history[-1].update(logs)
+        return control
+
+
+class JsonlLog(TrainerCallback):
+    """Writes every log entry to a file, on one rank."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Append the entry with its step."""
+        if state.is_world_process_zero:
+            metrics.append(self.path, {"step": state.global_step, **kwargs["logs"]})
+        return control
+
+
+class CheckpointMarker(TrainerCallback):
+    """Marks a checkpoint complete once every rank has written its part."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Wait for the other ranks, then mark."""
+        if dist.is_initialized():
+            dist.barrier()
+        if state.is_world_process_zero:
+            checkpoints.mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        return control

@@ -1,0 +1,84 @@
+"""From documents to blocks of tokens of one length, cached, so that a second run starts at once."""
+
+import hashlib
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from alphaadam_dist.training.corpus import Corpus
+
+END_OF_TEXT = "<|endoftext|>"
+# Enough tokens for a steady held-out loss, few enough that evaluating ten times costs little.
+_HELD_OUT_BLOCKS = 128
+
+
+def cache_dir() -> Path:
+    """The folder for tokenizers and token blocks: `ALPHAADAM_CACHE`, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaadam-dist"
+    folder = Path(os.environ.get("ALPHAADAM_CACHE") or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def byte_level_bpe(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the corpus's training text, once; the same text always gives the same tokenizer."""
+    path = cache_dir() / f"bpe-{corpus.digest}-{vocab_size}.json"
+    if not path.exists():
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(corpus.train["text"], trainer)
+        partial = path.with_suffix(f".partial{os.getpid()}")
+        tokenizer.save(str(partial))
+        os.replace(partial, path)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path), eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def token_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block: int) -> tuple[Dataset, Dataset]:
+    """The training text and a sample of the held-out text, as blocks of `block` tokens."""
+    train = _pack(corpus.train, tokenizer, block, f"train-{corpus.digest}")
+    held_out = _pack(corpus.held_out, tokenizer, block, f"heldout-{corpus.digest}")
+    for name, blocks in (("training", train), ("held-out", held_out)):
+        if len(blocks) == 0:
+            raise ValueError(f"--data has no {name} block of {block} tokens: give more text, or a smaller --block")
+    chosen = random.Random(0).sample(range(len(held_out)), min(_HELD_OUT_BLOCKS, len(held_out)))
+    return train, held_out.select(sorted(chosen))
+
+
+def _pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block: int, name: str) -> Dataset:
+    """Documents laid end to end, an end-of-text token between them, and cut into blocks; a short tail is dropped."""
+
+    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        tokens: list[int] = []
+        for ids in tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]:
+            tokens += [*ids, tokenizer.eos_token_id]
+        return {"input_ids": [tokens[i : i + block] for i in range(0, len(tokens) - block + 1, block)]}
+
+    vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return documents.map(
+        cut,
+        batched=True,
+        remove_columns=documents.column_names,
+        cache_file_name=str(cache_dir() / f"{name}-{vocabulary}-{block}.arrow"),
+        new_fingerprint=f"{name}-{vocabulary}-{block}",
+    )
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch for language modelling: each token is the label of the one before it."""
+    tokens = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": tokens, "labels": tokens}

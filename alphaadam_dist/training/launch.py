@@ -1,0 +1,66 @@
+"""Start the ranks of a run through its launcher, and stay with them until they end."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from alphaadam_dist.training.job import TIED_TO_PARENT
+from alphaadam_dist.training.settings import Settings
+
+LOG_NAME = "train.log"
+_POLL_SECONDS = 0.25
+_TAIL_LINES = 30
+
+
+class LaunchError(RuntimeError):
+    """The ranks ended with an error; the message shows the end of their log."""
+
+
+def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
+    """The launcher's command line: the one place that chooses a launcher."""
+    name = "torchrun" if settings.fsdp else "deepspeed"
+    # Beside the running interpreter first: an environment need not be activated to be used.
+    launcher = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if launcher is None:
+        raise ImportError(f"the {name} launcher is not installed")
+    if settings.fsdp:
+        ranks = ["--standalone", "--nproc-per-node", str(settings.gpus)]
+    else:
+        ranks = ["--num_gpus", str(settings.gpus), "--master_port", str(_free_port()), "--no_local_rank"]
+    return [launcher, *ranks, "--module", "alphaadam_dist.training.job", str(run), optimizer]
+
+
+def launch(line: list[str], folder: Path, settings: Settings, while_running: Callable[[], None]) -> None:
+    """Run the command line, calling `while_running` a few times a second; the ranks' output goes to a log."""
+    log_path = folder / LOG_NAME
+    threads = max(1, (os.cpu_count() or 1) // settings.gpus)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, TIED_TO_PARENT: "1"}
+    with (
+        open(log_path, "a") as log,
+        subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,
+    ):
+        try:
+            while process.poll() is None:
+                while_running()
+                try:
+                    process.wait(_POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            # On an interrupt the ranks must be gone before the run's folder is released.
+            process.terminate()
+        while_running()
+    if process.returncode != 0:
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+        raise LaunchError(f"training in {folder} failed (exit code {process.returncode}):\n\n{tail}\n\n{log_path}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

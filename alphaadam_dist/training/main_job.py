@@ -1,0 +1,59 @@
+"""The main job: train with AlphaAdam, train with AdamW beside it, draw and report."""
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from alphaadam_dist.training import checkpoints, metrics
+from alphaadam_dist.training.launch import LOG_NAME, command, launch
+from alphaadam_dist.training.plots import plot_run
+from alphaadam_dist.training.progress import TrainingProgress
+from alphaadam_dist.training.settings import OPTIMIZERS, Settings
+from alphaadam_dist.training.summary import print_losses, print_samples
+
+PICTURE_NAME = "losses.png"
+
+
+def run_main_job(console: Console, run: Path, settings: Settings, optimizers: list[str]) -> None:
+    """Train with each optimizer that has not finished yet, then show how they compare."""
+    for optimizer in optimizers:
+        train_one(console, run, optimizer, settings)
+    report(console, run, settings, optimizers)
+
+
+def train_one(console: Console, run: Path, optimizer: str, settings: Settings) -> None:
+    """Train with one optimizer from its last complete checkpoint, or from the start."""
+    step = checkpoints.step_of(checkpoints.last_complete(run / optimizer))
+    if step == settings.steps:
+        console.print(f"{OPTIMIZERS[optimizer]} has finished its {step} steps already.", highlight=False)
+        return
+    if step:
+        console.print(f"{OPTIMIZERS[optimizer]} goes on from step {step}.", highlight=False)
+    folder = run / optimizer
+    folder.mkdir(exist_ok=True)
+    line = command(run, optimizer, settings)
+    console.print(f"[dim]{escape(shlex.join([Path(line[0]).name, *line[1:]]))}[/dim]", highlight=False, soft_wrap=True)
+    log = folder / metrics.FILE_NAME
+    # The ranks do the same, but only after a start-up in which the bar would show the steps that were lost.
+    metrics.truncate(log, step)
+    with TrainingProgress(console, OPTIMIZERS[optimizer], log, settings.steps) as progress:
+        launch(line, folder, settings, progress.update)
+
+
+def report(console: Console, run: Path, settings: Settings, optimizers: list[str]) -> None:
+    """Draw the picture, and print the losses, what the model writes, and where everything is."""
+    logs = {OPTIMIZERS[optimizer]: metrics.read(run / optimizer / metrics.FILE_NAME) for optimizer in optimizers}
+    picture = run / PICTURE_NAME
+    ranks = f"{settings.gpus} rank{'s' if settings.gpus > 1 else ''}"
+    plot_run(logs, f"{settings.model} on {settings.data}, {settings.sharding} on {ranks}", picture)
+    console.print()
+    print_losses(console, logs)
+    console.rule(f"what the model trained with {OPTIMIZERS[optimizers[0]]} writes")
+    print_samples(console, run / optimizers[0] / f"checkpoint-{settings.steps}")
+    console.rule("files")
+    console.print(f"picture      {picture}", highlight=False)
+    console.print(f"logs         {run}/*/{metrics.FILE_NAME}   {run}/*/{LOG_NAME}", highlight=False)
+    console.print(f"TensorBoard  tensorboard --logdir {run}", highlight=False)
+    console.print(f"checkpoints  {run}/*/checkpoint-{settings.steps}", highlight=False)

@@ -1,0 +1,39 @@
+"""The folder of a run: a fresh one for every start, the last one for `--resume`, and never two trainings in one."""
+
+import fcntl
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alphaadam_dist.training.settings import FILE_NAME, Settings
+
+_DEFAULT_ROOT = Path("runs")
+_LOCK_NAME = ".lock"
+
+
+@contextmanager
+def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Path]:
+    """Yield the folder to train in, locked while the context lasts.
+
+    Without `out` runs are numbered: `runs/train-1`, `runs/train-2` and so on, and `resume` takes the newest.
+    """
+    run = out or _numbered(resume)
+    if not resume and run.is_dir() and any(path.name != _LOCK_NAME for path in run.iterdir()):
+        raise ValueError(f"--out {run} is not empty: add --resume to go on with the run in it, or choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / _LOCK_NAME, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a training is still running in {run}: wait for it, or choose another --out") from None
+        if (run / FILE_NAME).exists():
+            settings.check_resumes(run)
+        settings.save(run)
+        yield run
+
+
+def _numbered(resume: bool) -> Path:
+    numbers = [int(m[1]) for path in _DEFAULT_ROOT.glob("train-*") if (m := re.fullmatch(r"train-(\d+)", path.name))]
+    last = max(numbers, default=0)
+    return _DEFAULT_ROOT / f"train-{max(last, 1) if resume else last + 1}"

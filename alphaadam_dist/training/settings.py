@@ -1,0 +1,78 @@
+"""The settings of one training run, checked once and written beside its results.
+
+The launcher starts one process a rank, and a run may go on days after it was interrupted, so the settings live in
+a file in the run's folder: every rank, and every later `--resume`, reads the same ones.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
+
+OPTIMIZERS = {"alphaadam": "AlphaAdam", "adamw": "AdamW"}
+FILE_NAME = "settings.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run computes, except which optimizer it uses."""
+
+    model: str
+    data: str
+    zero: int | None
+    fsdp: bool
+    offload: bool
+    steps: int
+    gpus: int
+    lr: float
+    batch: int
+    block: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data"):
+            value = getattr(self, name)
+            is_path = value.startswith((".", "/")) or value.endswith("/") or value.count("/") > 1
+            if is_path and not Path(value).exists():
+                raise ValueError(f"--{name} is {value}: there is no such file or folder; check the path")
+        for name in ("steps", "gpus", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.block < 2:
+            raise ValueError(f"--block is {self.block}: predicting a next token takes blocks of 2 tokens or more")
+        if self.fsdp and self.zero is not None:
+            raise ValueError(f"--fsdp with --zero {self.zero}: FSDP2 or ZeRO shards the model, so give one of them")
+        if not self.fsdp and self.zero not in range(4):
+            raise ValueError(f"--zero is {self.zero}: ZeRO has the stages 0, 1, 2 and 3")
+        if self.offload and self.zero not in (2, 3):
+            raise ValueError(f"--offload with {self.sharding}: offloading needs --zero 2 or --zero 3")
+        if not self.lr > 0:
+            raise ValueError(f"--lr is {self.lr}: it must be above 0, such as 1e-3")
+
+    @property
+    def sharding(self) -> str:
+        """How the model is sharded, for people: FSDP2 or ZeRO-N."""
+        return "FSDP2" if self.fsdp else f"ZeRO-{self.zero}"
+
+    def save(self, run: Path) -> None:
+        """Write the settings into the run's folder, whole or not at all."""
+        partial = run / f"{FILE_NAME}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(partial, run / FILE_NAME)
+
+    @classmethod
+    def load(cls, run: Path) -> Self:
+        """Read the settings of the run in this folder."""
+        return cls(**json.loads((run / FILE_NAME).read_text()))
+
+    def check_resumes(self, run: Path) -> None:
+        """Refuse to go on with a run under settings other than its own: the curve would be neither run's."""
+        started = self.load(run)
+        for field in fields(self):
+            was, now = getattr(started, field.name), getattr(self, field.name)
+            if was != now:
+                raise ValueError(
+                    f"--{field.name} is {now}, but the run in {run} was started with {was}: "
+                    f"give --{field.name} {was} to go on, or another --out to start afresh"
+                )

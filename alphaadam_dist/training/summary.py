@@ -1,0 +1,58 @@
+"""What a finished run tells the person who started it: the numbers, the verdict, and what the model writes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from alphaadam_dist.training.metrics import Entry
+
+_PROMPTS = ("def main(", '"""Return the', "import ")
+_NEW_TOKENS = 40
+
+
+def print_losses(console: Console, logs: dict[str, list[Entry]]) -> None:
+    """A table of the last losses, and in one sentence which optimizer came out ahead."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "held-out loss", "perplexity", "training loss", "steps"):
+        table.add_column(column, justify="left" if not column else "right")
+    held_out = {name: final_held_out(entries) for name, entries in logs.items()}
+    for name, entries in logs.items():
+        loss = held_out[name]
+        train = [entry["loss"] for entry in entries if "loss" in entry]
+        perplexity = torch.tensor(loss).exp().item()
+        table.add_row(name, f"{loss:.4f}", f"{perplexity:.1f}", f"{train[-1]:.4f}", str(entries[-1]["step"]))
+    console.print(table)
+    if len(held_out) == 2:
+        console.print(_verdict(held_out), highlight=False, soft_wrap=True)
+
+
+def final_held_out(entries: list[Entry]) -> float:
+    """The held-out loss at the end of the run."""
+    return float([entry["eval_loss"] for entry in entries if "eval_loss" in entry][-1])
+
+
+def _verdict(held_out: dict[str, float]) -> str:
+    (first, a), (second, b) = sorted(held_out.items(), key=lambda item: item[1])
+    if a == b:
+        return f"{first} and {second} end with the same held-out loss."
+    return f"{first} ends {b - a:.4f} below {second} on held-out text. This is one seed: see benchmarks/ for more."
+
+
+def print_samples(console: Console, checkpoint: Path) -> None:
+    """A few lines the model writes, from a checkpoint, always the same for the same weights."""
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto")
+    set_seed(0)
+    for prompt in _PROMPTS:
+        tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        written = model.generate(**tokens, max_new_tokens=_NEW_TOKENS, do_sample=True, temperature=0.7, top_k=40)
+        lines = tokenizer.decode(written[0][tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        console.print(f"[bold]{escape(prompt)}[/bold]{escape(str(lines))}", highlight=False)
+        console.print()

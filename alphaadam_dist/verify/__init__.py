@@ -1,0 +1,25 @@
+"""``alphaadam verify``: every sharding this world allows against one process, on the user's own machines."""
+
+from __future__ import annotations
+
+
+def verify() -> int:
+    """Compare, and print the table on rank 0. Returns the exit code: 1 where a sharding's step is another. Collective.
+
+    Raises:
+        ValueError: the launcher does not say where the ranks meet.
+    """
+    import warnings
+
+    import torch.distributed as dist
+    from rich.console import Console
+
+    from . import launch, report, run
+
+    warnings.simplefilter("ignore")  # torch and DeepSpeed warn of their own use of each other, on every rank
+    device = launch.join()
+    rows = list(run.rows(device, run.starts(device)))
+    if dist.get_rank() == 0:
+        report.show(Console(), rows, device, run.left_out())
+    dist.destroy_process_group()
+    return int(any(row.problems for row in rows))

@@ -1,0 +1,167 @@
+"""Makes deepspeed.initialize take AlphaAdam, from its JSON or as a client optimizer, and count the whole model.
+
+``register`` runs at ``import alphaadam_dist``. It names AlphaAdam under torch.optim, where DeepSpeed looks up the type
+in a JSON config, lists it among the optimizers that ZeRO supports, and wraps three methods of the engine: one builds
+the optimizer named in the JSON, one refuses what is not served before DeepSpeed wraps anything around the optimizer,
+and one attaches to that wrapper once it stands.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import options
+from ..optimizer import AlphaAdam
+from ..ownership import Layout, build_layout, statistics_device
+from . import internals, json_config, monitor, refusals
+
+
+def register() -> None:
+    """Register AlphaAdam with DeepSpeed. A second call changes nothing."""
+    if getattr(torch.optim, "AlphaAdam", None) is AlphaAdam:
+        return
+    missing = internals.missing_names()
+    if missing:
+        _refuse_later(missing)
+        return
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    torch.optim.AlphaAdam = AlphaAdam  # type: ignore[attr-defined]
+    ZERO_SUPPORTED_OPTIMIZERS.append(AlphaAdam)
+    engine_class = internals.DeepSpeedEngine
+    build, check = engine_class._configure_basic_optimizer, engine_class._do_optimizer_sanity_check
+    configure = engine_class._configure_optimizer
+
+    @functools.wraps(build)
+    def built(engine: Any, model_parameters: Any) -> Any:
+        if engine.optimizer_name() != AlphaAdam.__name__:
+            return build(engine, model_parameters)
+        return json_config.build(engine, model_parameters)
+
+    @functools.wraps(check)
+    def checked(engine: Any, basic_optimizer: Any) -> Any:
+        if isinstance(basic_optimizer, AlphaAdam):
+            refusals.refuse(engine, basic_optimizer)
+        else:
+            refusals.refuse_swapped(basic_optimizer)
+        return check(engine, basic_optimizer)
+
+    @functools.wraps(configure)
+    def configured(engine: Any, *args: Any, **kwargs: Any) -> None:
+        configure(engine, *args, **kwargs)
+        if isinstance(engine.basic_optimizer, AlphaAdam):
+            attach(engine, engine.basic_optimizer)
+
+    engine_class._configure_basic_optimizer = built
+    engine_class._do_optimizer_sanity_check = checked
+    engine_class._configure_optimizer = configured
+
+
+def _refuse_later(missing: list[str]) -> None:
+    """DeepSpeed has changed: leave the rest of the package usable, and fail where AlphaAdam meets an engine."""
+
+    def refuse_type(*args: Any, **kwargs: Any) -> None:
+        raise internals.moved(missing)
+
+    torch.optim.AlphaAdam = refuse_type  # type: ignore[attr-defined]
+    engine_class = internals.DeepSpeedEngine
+    init = engine_class.__init__
+
+    @functools.wraps(init)
+    def checked_init(engine: Any, *args: Any, **kwargs: Any) -> None:
+        init(engine, *args, **kwargs)
+        if isinstance(getattr(engine, "basic_optimizer", None), AlphaAdam) or isinstance(
+            getattr(engine, "optimizer", None), AlphaAdam
+        ):
+            raise internals.moved(missing)
+
+    engine_class.__init__ = checked_init
+
+
+def attach(engine: Any, optimizer: AlphaAdam) -> None:
+    """Make the engine's steps count the whole model. Collective over its data-parallel group.
+
+    Raises:
+        RuntimeError: DeepSpeed's objects lack a name of internals.py.
+        ValueError: some element of the model would not count exactly once.
+    """
+    internals.check_instance(engine)
+    internals.check_instance(engine.optimizer)
+    wrapper = internals.wrapper_of(engine)
+    flats = wrapper.flats()
+    layout = build_layout(
+        flats,
+        wrapper.shards(internals.keys(engine)),
+        wrapper.extents(),
+        scope=optimizer.defaults["scope"],
+        group=wrapper.group,
+        device=statistics_device(flats, wrapper.group),
+        merge=True,
+        names=internals.keys_of_all_ranks(engine),
+    )
+    optimizer.use_layout(layout, driven=wrapper.in_parts)
+    if wrapper.in_parts:
+        _drive(optimizer, layout, wrapper)
+    if wrapper.zero is not optimizer:
+        _watch_loading(optimizer, wrapper.zero)
+    monitor.attach(engine, optimizer)
+
+
+def _watch_loading(optimizer: AlphaAdam, zero: Any) -> None:
+    """Check a checkpoint before DeepSpeed loads it, and after a universal one make the groups whole.
+
+    DeepSpeed trips over a checkpoint of other parameter groups before the optimizer can name the reason. A universal
+    checkpoint it loads past the optimizer, and at stage 3 gives every group the values of the first: weight decay would
+    hit the parameters that are spared from it.
+    """
+    load = zero.load_state_dict
+
+    @functools.wraps(load)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        folder = kwargs.get("checkpoint_folder")
+        universal = internals.universal_state(folder) if folder else None
+        held = args[0] if args else kwargs["state_dict_list"]
+        for state_dict in internals.optimizer_states(held) if universal is None else [universal]:
+            options.check_saved_groups(state_dict, len(optimizer.param_groups))
+        result = load(*args, **kwargs)
+        if universal is not None:
+            for group, saved in zip(optimizer.param_groups, universal["param_groups"], strict=True):
+                group.update((name, value) for name, value in saved.items() if name != "params")
+            optimizer.__setstate__({})
+        return result
+
+    zero.load_state_dict = watched
+
+
+def _drive(optimizer: AlphaAdam, layout: Layout, wrapper: internals.Wrapper) -> None:
+    """Open, count and close each step around a wrapper that calls ``optimizer.step()`` for one part after another."""
+    zero = wrapper.zero
+    exact = optimizer.defaults["sync"] == "exact"
+    true_scale = optimizer.defaults["threshold"] > 0
+    step, unscale = zero.step, zero.unscale_and_clip_grads
+    counted = False
+
+    @functools.wraps(step)
+    def whole_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal counted
+        counted = False
+        optimizer.open_step(layout)
+        result = step(*args, **kwargs)
+        if not zero.overflow:
+            optimizer.close_step()
+        return result
+
+    @functools.wraps(unscale)
+    def count_then_unscale(which: Any, total_norm: Tensor | None) -> Any:
+        nonlocal counted
+        if exact and not counted:
+            counted = True
+            scale = internals.unscale_factor(zero, total_norm) if true_scale else None
+            optimizer.count(wrapper.gradients(), scale)
+        return unscale(which, total_norm)
+
+    zero.step, zero.unscale_and_clip_grads = whole_step, count_then_unscale

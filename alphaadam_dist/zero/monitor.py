@@ -1,0 +1,26 @@
+"""alpha and its company in DeepSpeed's monitor (TensorBoard, CSV, wandb), at the steps that DeepSpeed prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..optimizer import AlphaAdam
+
+
+def attach(engine: Any, optimizer: AlphaAdam) -> None:
+    """Write ``Train/AlphaAdam/*`` beside the learning rate, every ``steps_per_print`` steps, from rank 0.
+
+    Reading the numbers waits for the device, so other steps are left alone.
+    """
+    write, every = engine.monitor.write_events, engine.steps_per_print()
+    if not engine.monitor.enabled or every is None:
+        return
+
+    def write_with_ours(events: list[tuple[str, float, int]], *args: Any, **kwargs: Any) -> None:
+        learning_rate = any(name == "Train/Samples/lr" for name, *_ in events)
+        if learning_rate and engine.global_steps % every == 0:
+            ours = optimizer.metrics().items()
+            events = [*events, *((f"Train/AlphaAdam/{name}", value, engine.global_samples) for name, value in ours)]
+        write(events, *args, **kwargs)
+
+    engine.monitor.write_events = write_with_ours

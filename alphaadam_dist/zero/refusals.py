@@ -1,0 +1,102 @@
+"""What AlphaAdam does not serve under DeepSpeed: each is refused by deepspeed.initialize, with the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
+from torch.optim import Optimizer
+
+from ..optimizer import AlphaAdam
+
+
+def refuse(engine: Any, optimizer: AlphaAdam) -> None:
+    """Raise ValueError for the first feature of this engine under which the result would not be exact."""
+    config = engine._config
+    offload = engine.zero_offload_optimizer()
+    on_nvme = offload is not None and offload.device == "nvme"
+    mpu = engine.mpu
+    stage = engine.zero_optimization_stage()
+    refused: list[tuple[bool, str, str]] = [
+        (
+            optimizer.defaults["clip_norm"] is not None,
+            f"optimizer.params.clip_norm={optimizer.defaults['clip_norm']!r}",
+            "DeepSpeed clips by itself: remove clip_norm and set gradient_clipping in the DeepSpeed config",
+        ),
+        (
+            optimizer.sharding != "auto" or optimizer.process_group is not None,
+            f"sharding={optimizer.sharding!r}, process_group={optimizer.process_group!r}",
+            "DeepSpeed decides how the model is sharded: leave both at their defaults",
+        ),
+        (
+            isinstance(engine.module, PipelineModule)
+            or (mpu is not None and bwc_pipeline_parallel_world_size(mpu) > 1),
+            "pipeline parallelism (a PipelineModule, or an mpu with more than one stage)",
+            "each stage would get an alpha of its own: use ZeRO-3, or FSDP2, to fit the model",
+        ),
+        (
+            engine.autotp_size() > 1 or (mpu is not None and bwc_tensor_model_parallel_world_size(mpu) > 1),
+            f"tensor parallelism (tensor_parallel.autotp_size={engine.autotp_size()!r}, or an mpu)",
+            "each tensor-parallel rank would get an alpha of its own: set autotp_size to 1 and use ZeRO-3",
+        ),
+        (
+            bool(getattr(config.compile_config, "deepcompile", False)),
+            "compile.deepcompile=true",
+            "DeepCompile steps past the hooks that count: set it to false",
+        ),
+        (
+            engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+            "torch_autocast with dtype float16",
+            "its GradScaler may skip one parameter group of a step: use dtype bfloat16, or the fp16 section",
+        ),
+        (
+            engine.fp16_master_weights_and_gradients(),
+            "fp16.fp16_master_weights_and_grads=true",
+            "fp16 moments lose the gradients' signs: set it to false",
+        ),
+        (
+            engine.bf16_master_weights_and_gradients() or engine.bf16_optimizer_states(),
+            "bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states=true",
+            "moments in bf16 stop following the gradients: set both to false",
+        ),
+        (
+            engine.super_offload(),
+            "zero_optimization.offload_optimizer.super_offload=true",
+            "it runs DeepSpeed's own CPU Adam: set it to false",
+        ),
+        (
+            engine.zenflow_config() is not None,
+            "zero_optimization.zenflow",
+            "it updates some columns at other times than the rest: remove the section",
+        ),
+        (
+            engine.zero_partial_offload() < 1.0,
+            f"zero_optimization.offload_optimizer.ratio={engine.zero_partial_offload()!r}",
+            "the part kept on the GPU is stepped by another optimizer: set ratio to 1.0",
+        ),
+        (
+            on_nvme and optimizer.defaults["sync"] == "exact",
+            "zero_optimization.offload_optimizer.device='nvme' with sync='exact'",
+            "counting before the update would read every state from disk twice: set sync='delayed'",
+        ),
+        (
+            engine.has_moe_layers and stage == 3,
+            "DeepSpeed MoE layers with zero_optimization.stage=3",
+            "its partitions of experts are not told apart: use stage 1 or 2",
+        ),
+    ]
+    for present, what, fix in refused:
+        if present:
+            raise ValueError(f"AlphaAdam under DeepSpeed does not serve {what}: {fix}")
+
+
+def refuse_swapped(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer that somebody built from AlphaAdam's parameter groups in its place."""
+    if any("alphaadam_state" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"AlphaAdam was replaced by {type(optimizer).__name__} on its way to DeepSpeed: Accelerate does that to an "
+            'optimizer object under offload_optimizer. Set "zero_force_ds_cpu_optimizer": false in the DeepSpeed '
+            'config, or name the optimizer there: "optimizer": {"type": "AlphaAdam", ...}'
+        )

@@ -1,0 +1,185 @@
+"""What it costs to agree on ownership at thousands of ranks: bytes, memory and time, of one rank of a simulated world.
+
+    PYTHONPATH=. python benchmarks/ownership_scale.py
+
+The process group is torch's fake one; what other ranks would have sent is computed from the same mesh and placements.
+Everything but the wire is real, so the time is that of the computation alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from alphaadam_dist.counts import Statistics
+from alphaadam_dist.ownership import _hash, build_layout
+from alphaadam_dist.shards import dtensor
+
+MACHINE = "2 cores, x86-64 cloud VM, no GPU"
+RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """300 parameters of a Llama of 7B: 33 layers of nine, embedding, last norm and head."""
+    layer: dict[str, tuple[int, ...]] = {
+        **{f"attention.{name}": (4096, 4096) for name in "qkvo"},
+        **{f"feed_forward.{name}": (11008, 4096) for name in ("gate", "up")},
+        "feed_forward.down": (4096, 11008),
+        "attention_norm": (4096,),
+        "feed_forward_norm": (4096,),
+    }
+    model = {f"layers.{i}.{name}.weight": shape for i in range(33) for name, shape in layer.items()}
+    return {"embedding.weight": (32000, 4096), **model, "norm.weight": (4096,), "head.weight": (32000, 4096)}
+
+
+PARAMETERS = len(shapes())
+
+
+@dataclass
+class AtRank:
+    """One rank: what it received to agree, its peak memory beyond that at rest, its buffer of statistics."""
+
+    rank: int
+    handshake_bytes: int
+    peak_bytes: int
+    buffer_bytes: int
+    seconds: float
+    elements: int
+    owns: bool
+
+
+@dataclass
+class Result:
+    elements: int
+    ranks: list[AtRank]
+
+
+def simulate(replicas: int, shards: int, ranks: Sequence[int], scope: str = "global") -> Result:
+    """HSDP of ``replicas`` x ``shards`` ranks (one replica: FSDP), seen from some of them."""
+    placements: tuple[Placement, ...] = (Split(0),) if replicas == 1 else (Replicate(), Split(0))
+    sizes = (shards,) if replicas == 1 else (replicas, shards)
+    table = _tables_of_all(sizes, placements)
+    elements = sum(torch.Size(shape).numel() for shape in shapes().values())
+    return Result(elements, [_at(rank, sizes, placements, table, scope) for rank in ranks])
+
+
+@functools.cache
+def _tables_of_all(sizes: tuple[int, ...], placements: tuple[Placement, ...]) -> Tensor:
+    """(world, parameters, 3): what every rank would put into the exchange."""
+    by_shard = torch.empty((sizes[-1], PARAMETERS, 3), dtype=torch.int64)
+    for i, (name, shape) in enumerate(shapes().items()):
+        rows = [len(chunk) for chunk in torch.arange(shape[0]).chunk(sizes[-1])]
+        rows += [0] * (sizes[-1] - len(rows))
+        parts = [dtensor.part(placements, [0] * (len(sizes) - 1) + [index]) for index in range(sizes[-1])]
+        by_shard[:, i, 0] = _hash(name)
+        by_shard[:, i, 1] = torch.tensor([_hash((name, part)) for part in parts])
+        by_shard[:, i, 2] = torch.tensor(rows) * torch.Size(shape[1:]).numel()
+    return by_shard.repeat(torch.Size(sizes[:-1]).numel(), 1, 1)
+
+
+def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], table: Tensor, scope: str) -> AtRank:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=len(table))
+    try:
+        params = _parameters(init_device_mesh("cpu", sizes), placements)
+        held = [dtensor.shards(param, name) for name, param in params.items()]
+        group = dist.group.WORLD
+        assert group is not None
+        received = 0
+
+        def gather(output: Tensor, given: Tensor, group: object) -> None:
+            nonlocal received
+            received += output.nbytes
+            rows = torch.isin(table[0, :, 0], given[:, 0])  # the keys of this slice, the same on every rank
+            torch.index_select(table, 1, rows.nonzero().squeeze(1), out=output.view(len(table), -1, 3))
+
+        with mock.patch.object(dist, "all_gather_single", gather), _peak_memory() as peak:
+            start = time.perf_counter()
+            layout = build_layout(
+                list(params.values()), held, [s.numel for (s,) in held], scope=scope, group=group, device=CPU
+            )
+            seconds = time.perf_counter() - start
+        statistics = Statistics(gamma=0.0, alpha_max=4.0, alpha_warmup=0, scope=scope, sync="exact", clip_norm=None)
+        statistics.open(layout)
+        owned = {slot.owned for slots in layout.slots.values() for slot in slots}
+        assert len(owned) == 1, "of a model in one mesh a rank owns all it holds, or nothing"
+        return AtRank(rank, received, peak[0], statistics._buffer.nbytes, seconds, layout.numel, owned.pop())
+    finally:
+        dist.destroy_process_group()
+
+
+def _parameters(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> dict[str, DTensor]:
+    params = {}
+    for name, shape in shapes().items():
+        local, _ = _compute_local_shape_and_global_offset(
+            shape, mesh.shape, list(mesh.get_coordinate() or ()), placements
+        )
+        part = torch.empty(local, device="meta")
+        params[name] = DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=part.stride() or (1,)
+        )
+    return params
+
+
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """Bytes by which this process grew at its largest inside the context (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # else what the heap kept of earlier work would hide it
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before, peak = _status("VmRSS"), [0]
+    yield peak
+    peak[0] = _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    simulate(1, 8, (0,))  # loads what the first use of an operation loads
+    for name, replicas, shards in (("FSDP 8", 1, 8), ("FSDP 4096", 1, 4096), ("HSDP 512 x 8", 512, 8)):
+        for scope in ("global", "layer"):
+            world = replicas * shards
+            for at in simulate(replicas, shards, (0, world - 1), scope).ranks:
+                rows.append(
+                    f"| {name} | {scope} | {at.rank} | {at.handshake_bytes / 1e6:.1f} | {at.peak_bytes / 1e6:.1f} | "
+                    f"{at.seconds:.2f} | {at.buffer_bytes} | {'yes' if at.owns else 'no'} |"
+                )
+                print(rows[-1], flush=True)
+    today = datetime.date.today().isoformat()
+    text = [
+        "# Agreeing on ownership at scale",
+        "",
+        f"{today}, {MACHINE}, torch {torch.__version__}; `benchmarks/ownership_scale.py`, one thread. "
+        f"{PARAMETERS} parameters of a Llama of 7B, one rank of a simulated world: the wire is not in the time. "
+        "Once per layout, not per step.",
+        "",
+        "| world | scope | rank | handshake received, MB | peak memory, MB | build, s | buffer, bytes | owns |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    (RESULTS / f"{today}-ownership-scale.md").write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

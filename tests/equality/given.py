@@ -1,0 +1,172 @@
+"""The model of given gradients, sharded in every way there is: nothing but the sharding can make a difference.
+
+Gradients have so few bits that averaging equal ones over a power of two of ranks is exact, so FSDP1 and DDP, which
+must run a backward, get the same gradients as those that are simply handed theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from alphaadam_dist import AlphaAdam
+from tests.models import Given, given_gradients
+
+from .. import threads
+from . import pieces
+
+LR = 1e-2
+CPU = torch.device("cpu")
+SHAPES = pieces.shapes_of(Given())
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"{name}-{threshold}": {**options, "threshold": threshold}
+    for name, options in {
+        "exact": {},
+        "delayed": {"sync": "delayed", "alpha_warmup": 5},
+        "layer": {"scope": "layer", "gamma": 0.2},
+    }.items()
+    for threshold in (0.0, 0.1)
+}
+
+
+def mesh(**shape: int) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+
+def distribute(model: nn.Module, over: DeviceMesh, *, norms: bool) -> None:
+    """Split matrices as tensor parallelism does, one by columns; ``norms``: the rest as replicated DTensors."""
+    for name, param in list(model.named_parameters()):
+        if param.ndim > 1:
+            placement: Any = Shard(1) if name == "weight" else Shard(0)
+        elif norms:
+            placement = Replicate()
+        else:
+            continue
+        whole = distribute_tensor(param.detach(), over, [placement], src_data_rank=None)
+        setattr(model, name, nn.Parameter(whole, requires_grad=param.requires_grad))
+    model.tied = model.embedding
+
+
+def fsdp2(model: nn.Module, over: DeviceMesh, **options: Any) -> nn.Module:
+    fully_shard(model, mesh=over, **options)
+    return model
+
+
+def tensor_parallel(model: nn.Module, whole: DeviceMesh, data: DeviceMesh | None, *, norms: bool) -> nn.Module:
+    distribute(model, whole["tp"], norms=norms)
+    return model if data is None else fsdp2(model, data)
+
+
+def fsdp1(model: nn.Module, **options: Any) -> nn.Module:
+    frozen = [p for p in model.parameters() if not p.requires_grad]  # a FlatParameter takes no mixture
+    return FullyShardedDataParallel(model, device_id=CPU, ignored_states=frozen, **options)
+
+
+def pipeline(model: nn.Module) -> nn.Module:
+    """Each rank keeps one parameter or two and names them as the whole model does."""
+    keep = [("embedding", "tied"), ("weight",), ("norm", "one"), ("bias", "frozen")][dist.get_rank()]
+    for name in list(dict(model.named_parameters(remove_duplicate=False))):
+        if name not in keep:
+            delattr(model, name)
+    return model
+
+
+def named_by_hand(model: nn.Module) -> nn.Module:
+    """Plain slices of every parameter, of unequal length, as a home-made sharding would have them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, param in list(model.named_parameters()):
+        start, stop = (param.numel() * r * r // world**2 for r in (rank, rank + 1))
+        part = nn.Parameter(param.detach().reshape(-1)[start:stop].clone(), requires_grad=param.requires_grad)
+        part.slice_of_whole = slice(start, stop)  # type: ignore[attr-defined]
+        setattr(model, name, part)
+    model.tied = model.embedding
+    return model
+
+
+def world_group() -> dict[str, Any]:
+    return {"process_group": dist.group.WORLD}
+
+
+def none() -> dict[str, Any]:
+    return {}
+
+
+Sharding = tuple[int, Callable[[nn.Module], nn.Module], Callable[[], dict[str, Any]]]
+REGIMES: dict[str, Sharding] = {
+    "plain": (1, lambda m: m, none),
+    "ddp": (4, nn.parallel.DistributedDataParallel, none),
+    "fsdp2": (4, lambda m: fsdp2(m, mesh(dp=4)), none),
+    "fsdp2-columns": (4, lambda m: fsdp2(m, mesh(dp=4), shard_placement_fn=lambda p: Shard(p.ndim - 1)
+                                         if p.shape[-1] % 4 == 0 else Shard(0)), none),
+    "fsdp2-cpu-offload": (4, lambda m: fsdp2(m, mesh(dp=4), offload_policy=CPUOffloadPolicy(pin_memory=False)), none),
+    "fsdp2-mixed-precision": (4, lambda m: fsdp2(m, mesh(dp=4), mp_policy=MixedPrecisionPolicy(
+        torch.bfloat16, torch.float32)), none),
+    "hsdp": (4, lambda m: fsdp2(m, mesh(replicate=2, shard=2)), none),
+    "tp": (4, lambda m: tensor_parallel(m, mesh(tp=4), None, norms=False), none),
+    "tp-norms-dtensor": (4, lambda m: tensor_parallel(m, mesh(tp=4), None, norms=True), none),
+    "tp2-fsdp2": (4, lambda m: tensor_parallel(m, whole := mesh(dp=2, tp=2), whole["dp"], norms=False), none),
+    "tp2-fsdp2-norms-dtensor": (4, lambda m: tensor_parallel(m, whole := mesh(dp=2, tp=2), whole["dp"], norms=True),
+                                none),
+    "hsdp-tp": (8, lambda m: tensor_parallel(m, whole := mesh(replicate=2, shard=2, tp=2),
+                                             whole["replicate", "shard"], norms=False), none),
+    "fsdp1-original": (4, lambda m: fsdp1(m, use_orig_params=True), world_group),
+    "fsdp1-flat": (4, lambda m: fsdp1(m, use_orig_params=False), world_group),
+    "fsdp1-flat-hybrid": (4, lambda m: fsdp1(m, use_orig_params=False, device_mesh=mesh(replicate=2, shard=2),
+                                             sharding_strategy=ShardingStrategy.HYBRID_SHARD), world_group),
+    "fsdp1-not-sharded": (4, lambda m: fsdp1(m, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD),
+                          lambda: {"sharding": "replicated"}),
+    "pipeline": (4, pipeline, world_group),
+    "by-hand": (4, named_by_hand, lambda: {"sharding": "sharded"}),
+}  # fmt: skip
+REPLICATED = ("plain", "ddp", "fsdp1-not-sharded")
+
+
+def give(model: nn.Module, gradients: dict[str, Tensor | None]) -> None:
+    """Every trainable parameter its (part of a) gradient; by a backward where only that knows the parts."""
+    by_backward = FullyShardedDataParallel, nn.parallel.DistributedDataParallel
+    if isinstance(model, by_backward) or (isinstance(model, FSDPModule) and mixed_precision(model)):
+        model(gradients).backward()
+        return
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            whole = gradients[name]
+            param.grad = None if whole is None else pieces.local_part(whole, param)
+
+
+def mixed_precision(model: FSDPModule) -> bool:
+    return model._get_fsdp_state()._mp_policy.param_dtype is not None
+
+
+def observe(optimizer: AlphaAdam) -> tuple[Any, dict[str, float]]:
+    return optimizer.alpha, optimizer.agreement
+
+
+def run(regime: str, options: dict[str, Any], steps: int = 10, seed: int = 1) -> dict[str, Any]:
+    """On a rank: steps with given gradients; alphas, counts, collectives and what the rank then holds."""
+    _, shard, extra = REGIMES[regime]
+    model = shard(Given())
+    optimizer = AlphaAdam(model.named_parameters(), **{"lr": LR, "weight_decay": 0.1, **options, **extra()})
+    seen, collectives = [], []
+    for gradients in given_gradients(steps, seed):
+        give(model, gradients)
+        with threads.Collectives() as counted:
+            optimizer.step()
+        optimizer.zero_grad()
+        collectives.append(counted.seen)
+        seen.append(observe(optimizer))
+    return {"seen": seen, "collectives": collectives, "params": pieces.of_model(model, SHAPES)}

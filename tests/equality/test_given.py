@@ -1,0 +1,54 @@
+"""Whatever shards it, every count, every alpha and every parameter is that of one process, bit for bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from .. import threads
+from . import given, pieces
+
+
+@cache
+def alone(setting: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    (result,) = threads.run(1, given.run, "plain", given.SETTINGS[setting])
+    return result["seen"], pieces.assemble([result["params"]], given.SHAPES)
+
+
+def assert_equal(ranks: list[dict[str, Any]], setting: str) -> None:
+    """Counts, alphas and parameters are one process's, bit for bit; a rank may know a part of the layers' names."""
+    seen, params = alone(setting)
+    for rank, result in enumerate(ranks):
+        for step, ((alpha, counts), (alpha_alone, counts_alone)) in enumerate(zip(result["seen"], seen, strict=True)):
+            assert counts == counts_alone, f"counts differ on rank {rank} at step {step}"
+            if isinstance(alpha, dict):
+                assert alpha == {key: alpha_alone[key] for key in alpha}, f"alphas differ on rank {rank} at step {step}"
+                assert alpha
+            else:
+                assert alpha == alpha_alone, f"alpha differs on rank {rank} at step {step}"
+    whole = pieces.assemble([result["params"] for result in ranks], given.SHAPES)
+    for name, expected in params.items():
+        assert torch.equal(whole[name], expected), f"{name} differs"
+
+
+@pytest.mark.parametrize("setting", given.SETTINGS)
+@pytest.mark.parametrize("regime", given.REGIMES)
+def test_given_gradients(regime: str, setting: str) -> None:
+    ranks = threads.run(given.REGIMES[regime][0], given.run, regime, given.SETTINGS[setting])
+    assert_equal(ranks, setting)
+    expected = [] if regime in given.REPLICATED else ["AllReduce"]
+    for result in ranks:
+        assert result["collectives"][1:] == [expected] * 9, "more than one collective a step"
+
+
+def test_alpha_moves_and_settings_differ() -> None:
+    """Else equality would show nothing."""
+    for setting in given.SETTINGS:
+        seen, _ = alone(setting)
+        assert seen[1] != seen[-1]
+    finals = {setting: alone(setting)[1]["weight"] for setting in given.SETTINGS}
+    for one in finals:
+        assert sum(torch.equal(finals[one], other) for other in finals.values()) == 1

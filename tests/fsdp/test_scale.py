@@ -1,0 +1,25 @@
+"""Thousands of ranks, simulated: what the exchange of ownership costs, and that it still finds every element once."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import ownership_scale
+
+BAR_BYTES = 32 * 10**6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("replicas", "shards", "scope"), [(1, 4096, "global"), (1, 4096, "layer"), (512, 8, "layer")],
+    ids=["fsdp 4096", "fsdp 4096 layer", "hsdp 512 x 8 layer"],
+)  # fmt: skip
+def test_ownership(one_thread: None, replicas: int, shards: int, scope: str) -> None:
+    result = ownership_scale.simulate(replicas, shards, ranks=(5, 4095), scope=scope)
+    for at in result.ranks:
+        assert at.handshake_bytes < BAR_BYTES
+        assert at.peak_bytes < BAR_BYTES
+        assert at.seconds < 10  # a third of a second on an idle machine
+        assert at.buffer_bytes == (32 if scope == "global" else 16 * ownership_scale.PARAMETERS)
+        assert at.elements == result.elements
+        assert at.owns == (replicas == 1 or at.rank < shards)

@@ -1,0 +1,93 @@
+"""A pool of processes, one per rank, that lives for the whole test session.
+
+Importing torch and DeepSpeed and meeting over gloo takes seconds; a test then costs what it computes. A test gives a
+module-level function and gets what each rank returned.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 600.0  # DeepSpeed may compile an operation first
+
+
+class RankError(Exception):
+    """A function raised on some rank. The message has every failed rank's traceback."""
+
+
+def _serve(rank: int, world: int, store: str, port: int, connection: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    import deepspeed.utils.logging
+
+    deepspeed.utils.logging.logger.setLevel("ERROR")
+    while True:
+        try:
+            function, args, kwargs = connection.recv()
+        except EOFError:  # the session ended
+            return
+        try:
+            connection.send((True, function(*args, **kwargs)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+class Ranks:
+    """``world`` processes that are one process group."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        store = tempfile.mktemp(prefix="ranks")
+        self._connections, self._processes = [], []
+        for rank in range(self.world):
+            mine, theirs = context.Pipe()
+            args = (rank, self.world, store, 29600 + os.getpid() % 2000, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            self._connections.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """What ``function(*args, **kwargs)`` returned on each rank. Raises RankError if it raised on any."""
+        for connection in self._connections:
+            connection.send((function, args, kwargs))
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(TIMEOUT if not any(not ok for ok, _ in answers) else 20.0):
+                failed = [text for ok, text in answers if not ok]
+                self.restart()
+                raise RankError("\n".join([*failed, f"rank {rank} did not answer"]))
+            answers.append(connection.recv())
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failed:
+            if len(failed) < self.world:
+                self.restart()  # the group may be out of step
+            raise RankError("\n".join(failed))
+        return [value for _, value in answers]
+
+    def restart(self) -> None:
+        """Fresh processes, after an error or for a test that must start from nothing."""
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()

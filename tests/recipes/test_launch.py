@@ -1,0 +1,86 @@
+"""The launcher: its command line, its failures, and ranks that end with the process that started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alphaadam_dist.training.launch import LaunchError, command, launch
+from tests.recipes.test_runs import SETTINGS
+
+
+def test_the_command_line_is_deepspeeds_own(tmp_path: Path):
+    line = command(tmp_path, "adamw", replace(SETTINGS, gpus=3))
+    assert Path(line[0]).name == "deepspeed"
+    assert line[1:3] == ["--num_gpus", "3"]
+    assert line[-4:] == ["--module", "alphaadam_dist.training.job", str(tmp_path), "adamw"]
+
+
+def test_fsdp_is_started_by_torchrun(tmp_path: Path):
+    line = command(tmp_path, "alphaadam", replace(SETTINGS, zero=None, fsdp=True, gpus=3))
+    assert Path(line[0]).name == "torchrun"
+    assert line[1:4] == ["--standalone", "--nproc-per-node", "3"]
+    assert line[-4:] == ["--module", "alphaadam_dist.training.job", str(tmp_path), "alphaadam"]
+
+
+def test_a_failure_shows_the_end_of_the_log_and_its_path(tmp_path: Path):
+    failing = [sys.executable, "-c", "print('\\n'.join(f'line {i}' for i in range(99))); raise SystemExit(3)"]
+    with pytest.raises(LaunchError) as failure:
+        launch(failing, tmp_path, SETTINGS, lambda: None)
+    message = str(failure.value)
+    assert "exit code 3" in message
+    assert "line 98" in message
+    assert "line 50" not in message
+    assert str(tmp_path / "train.log") in message
+
+
+def test_an_interrupt_ends_the_ranks(tmp_path: Path):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch([sys.executable, "-c", "import time; time.sleep(100)"], tmp_path, SETTINGS, interrupt)
+    assert time.monotonic() - started < 20
+
+
+def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path):
+    rank = (
+        "import os, pathlib, threading, time; from alphaadam_dist.training.job import _exit_with_parent; "
+        "threading.Thread(target=_exit_with_parent, daemon=True).start(); "
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(100)"
+    )
+    parent_code = (
+        "import sys; from pathlib import Path; from alphaadam_dist.training.launch import launch; "
+        "from tests.recipes.test_runs import SETTINGS; "
+        f"launch([sys.executable, '-c', {rank!r}], Path({str(tmp_path)!r}), SETTINGS, lambda: None)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent_code]) as parent:
+        pid = _wait_for_text(tmp_path / "pid")
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while _alive(int(pid)):
+        assert time.monotonic() < deadline, "the rank is still running"
+        time.sleep(0.05)
+
+
+def _wait_for_text(path: Path) -> str:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # An orphan nobody reaps stays in the table as a zombie; it no longer runs.
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,0 +1,115 @@
+"""What the unit tests share: problems with given gradients, bit comparison, and an optimizer beside the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaadam_dist import AlphaAdam, rule
+
+SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (13,), (1,), (), (0,), (2, 3, 4))
+INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and bits: -0.0 is not 0.0, and a NaN is itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    as_int = INTS[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(as_int), b.detach().contiguous().view(as_int))
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def gradients(
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    *,
+    seed: int = 1,
+    absent: float = 0.0,
+) -> list[list[Tensor | None]]:
+    """For each step gradients that drift, so that some signs persist; a tenth are 0; a share ``absent`` is None."""
+    generator = torch.Generator().manual_seed(seed)
+    drift = [torch.randn(shape, generator=generator) for shape in shapes]
+    result: list[list[Tensor | None]] = []
+    for _ in range(steps):
+        step: list[Tensor | None] = []
+        for mean in drift:
+            grad = 0.5 * mean + torch.randn(mean.shape, generator=generator)
+            grad = torch.where(torch.rand(mean.shape, generator=generator) < 0.1, 0.0, grad).to(dtype)
+            step.append(None if float(torch.rand((), generator=generator)) < absent else grad)
+        result.append(step)
+    return result
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def step_with(optimizer: torch.optim.Optimizer, grads: Sequence[Tensor | None]) -> None:
+    """One step with these gradients, in the order of the parameter groups."""
+    for param, grad in zip(parameters_of(optimizer), grads, strict=True):
+        param.grad = None if grad is None else grad.clone()
+    optimizer.step()
+
+
+def memory_of(optimizer: AlphaAdam) -> list[float]:
+    """[T, alpha, A, C] as a checkpoint would hold it."""
+    held: list[float] = optimizer.state_dict()["param_groups"][0]["alphaadam_state"]
+    return held
+
+
+class Twin:
+    """AlphaAdam and rule.step_ over equal parameters. Hyperparameters are those of the optimizer's groups."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
+        """``groups`` are param groups whose "params" are plain tensors, which are copied."""
+        self.options = {k: v for k, v in options.items() if k not in ("lr", "betas", "eps", "weight_decay")}
+        copies = [{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in groups]
+        self.optimizer = AlphaAdam(copies, **options)
+        self.model: list[rule.Coordinates] = []
+        self.memory = rule.Memory()
+        self._follow_groups()
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        copy = {**group, "params": [nn.Parameter(p.detach().clone()) for p in group["params"]]}
+        self.optimizer.add_param_group(copy)
+
+    def _follow_groups(self) -> None:
+        """Coordinates for new parameters, and the groups' hyperparameters, which schedulers change, for all."""
+        flat = [(group, param) for group in self.optimizer.param_groups for param in group["params"]]
+        for _, param in flat[len(self.model) :]:
+            value = param.detach().clone(memory_format=torch.preserve_format)
+            self.model.append(rule.Coordinates(value, torch.zeros_like(value), torch.zeros_like(value)))
+        for (group, _), c in zip(flat, self.model, strict=True):
+            c.lr, c.betas, c.eps = group["lr"], group["betas"], group["eps"]
+            c.weight_decay = group["weight_decay"]
+
+    def step(self, grads: Sequence[Tensor | None]) -> list[float]:
+        self._follow_groups()
+        step_with(self.optimizer, grads)
+        return rule.step_(self.model, [None if g is None else g.clone() for g in grads], self.memory, **self.options)
+
+    def differences(self) -> list[str]:
+        """What of the optimizer does not have the bits of the rule."""
+        wrong = []
+        for i, (param, c) in enumerate(zip(parameters_of(self.optimizer), self.model, strict=True)):
+            state = self.optimizer.state.get(param, {})
+            if not same_bits(param, c.param):
+                wrong.append(f"parameter {i}: {(param - c.param).abs().max()}")
+            if float(state.get("step", 0.0)) != c.step:
+                wrong.append(f"step of {i}: {state.get('step')} and {c.step}")
+            for name, value in (("exp_avg", c.exp_avg), ("exp_avg_sq", c.exp_avg_sq)):
+                if not same_bits(state.get(name, torch.zeros_like(value)), value):
+                    wrong.append(f"{name} of {i}")
+        m = self.memory
+        if memory_of(self.optimizer) != [m.applied, m.alpha, m.agree, m.conflict]:
+            wrong.append(f"memory {memory_of(self.optimizer)} and {m}")
+        return wrong

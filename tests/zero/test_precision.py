@@ -1,0 +1,80 @@
+"""fp16 with a dynamic loss scale: skipped steps change nothing, and thresholds see true gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import Ranks
+from tests.zero import engine
+from tests.zero.test_equality import OPTIONS, assert_equal
+
+pytestmark = pytest.mark.slow
+
+FP16 = {
+    "zero1": engine.config(1, "fp16"),
+    "zero2": engine.config(2, "fp16"),
+    "zero2-offload": engine.config(2, "fp16", offload=True),
+    "zero3": engine.config(3, "fp16", sub_group_size=200),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("mode", FP16)
+def test_an_overflow_storm_changes_nothing(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:
+    """Moments, alpha, T and pending counts after skipped steps are those of a run that never had them."""
+    storm = (3, 4, 5, 8)
+    ranks = ranks2.run(engine.given, FP16[mode], options, overflow_at=storm)
+    assert ranks[0]["skipped"] == len(storm)
+    assert_equal(ranks, engine.given_alone(options, dtype=torch.float16, overflow_at=storm))
+
+
+def test_an_overflow_storm_at_stage_zero(ranks2: Ranks) -> None:
+    """DeepSpeed 0.19.8 divides stage-0 gradients by a loss scale that it never multiplied in; the rest is exact."""
+    storm = (3, 4)
+    ranks = ranks2.run(engine.given, engine.config(0, "fp16"), {}, overflow_at=storm)
+    assert ranks[0]["skipped"] == len(storm)
+    shrinks = [1 / after for _, after in ranks[0]["scales"]]
+    assert_equal(ranks, engine.given_alone({}, dtype=torch.float16, overflow_at=storm, shrink=shrinks))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("mode", FP16)
+def test_a_growing_loss_scale(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:
+    """DeepSpeed grows the scale before it unscales, which halves one step's gradients: the counts are of those."""
+    config = {**FP16[mode], "fp16": {**FP16[mode]["fp16"], "loss_scale_window": 2}}
+    ranks = ranks2.run(engine.given, config, options, shrink=2.0**-8)
+    shrinks = [2.0**-8 * before / after for before, after in ranks[0]["scales"]]
+    assert min(shrinks) == 2.0**-9, "the scale never grew"
+    assert_equal(ranks, engine.given_alone(options, dtype=torch.float16, shrink=shrinks))
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_threshold_at_loss_scale_65536_with_clipping(ranks2: Ranks, mode: str) -> None:
+    """The gradients compared with the moments are unscaled and clipped. On raw ones the counts are others."""
+    options, clip, shrink = {"threshold": 0.1}, 0.01, 2.0**-9
+    config = {
+        **FP16[mode],
+        "fp16": {**FP16[mode]["fp16"], "initial_scale_power": 16},
+        "gradient_clipping": clip,
+    }
+    ranks = ranks2.run(engine.given, config, options, shrink=shrink)
+    alone = engine.given_alone(options, dtype=torch.float16, clip=clip, shrink=shrink)
+    assert ranks[0]["skipped"] == 0
+    for result in ranks:
+        assert result["seen"] == alone["seen"]
+        for name, expected in alone["params"].items():  # the norm's summation order differs
+            torch.testing.assert_close(result["params"][name], expected, rtol=1e-6, atol=1e-6)
+
+    raw = ranks2.run(with_raw_gradients, config, options, shrink=shrink)
+    assert raw[0]["seen"] != alone["seen"]
+
+
+def with_raw_gradients(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    from alphaadam_dist.zero import internals
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(internals, "unscale_factor", lambda zero, norm: 1.0)
+        return engine.given(*args, **kwargs)

@@ -1,0 +1,213 @@
+"""What AlphaAdam does not serve under DeepSpeed is refused by deepspeed.initialize: what, why and the way out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.pipe import PipelineModule
+from torch import nn
+
+from alphaadam_dist import AlphaAdam
+from alphaadam_dist.zero import attach, internals, refusals
+from tests.models import Given, tiny_llama
+from tests.ranks import RankError, Ranks
+from tests.zero import engine
+
+BF16_STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
+def offload(**more: Any) -> dict[str, Any]:
+    config = engine.config(3, offload=True)
+    config["zero_optimization"]["offload_optimizer"] |= more
+    return config
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "deepcompile": (
+        {**engine.config(3), "compile": {"deepcompile": True}},
+        r"compile\.deepcompile=true: DeepCompile steps past the hooks that count: set it to false",
+    ),
+    "fp16 autocast": (
+        {**engine.config(2), "torch_autocast": {"enabled": True, "dtype": "float16"}},
+        r"torch_autocast with dtype float16: .* use dtype bfloat16",
+    ),
+    "fp16 masters": (
+        {**offload(), "fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+        r"fp16\.fp16_master_weights_and_grads=true: .* set it to false",
+    ),
+    "bf16 states": (
+        {**offload(), "bf16": BF16_STATES},
+        r"bf16\.bf16_master_weights_and_grads or .*=true: .* set both to false",
+    ),
+    "super offload": (
+        offload(super_offload=True),
+        r"zero_optimization\.offload_optimizer\.super_offload=true: .* set it to false",
+    ),
+    "partial offload": (
+        offload(ratio=0.5),
+        r"zero_optimization\.offload_optimizer\.ratio=0\.5: .* set ratio to 1\.0",
+    ),
+    "zenflow": (
+        engine.config(2, offload=True, zenflow={"topk_ratio": 0.1, "update_interval": 4, "full_warm_up_rounds": 0}),
+        r"zero_optimization\.zenflow: .* remove the section",
+    ),
+    "nvme": (
+        offload(device="nvme", nvme_path="/tmp"),
+        r"zero_optimization\.offload_optimizer\.device='nvme' with sync='exact': .* set sync='delayed'",
+    ),
+}  # fmt: skip
+
+
+def initialize(ds_config: dict[str, Any], options: dict[str, Any], client: bool) -> None:
+    engine.start(Given(), ds_config, options, client, "AlphaAdam")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client", [True, False], ids=["client", "json"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_is_refused(ranks2: Ranks, case: str, client: bool) -> None:
+    config, message = CONFIGS[case]
+    with pytest.raises(RankError, match=r"ValueError: AlphaAdam under DeepSpeed does not serve " + message):
+        ranks2.run(initialize, config, {}, client)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_norm": 1.0}, r"optimizer\.params\.clip_norm=1\.0: .* set gradient_clipping in the DeepSpeed config"),
+        ({"sharding": "sharded"}, r"sharding='sharded', process_group=None: .* leave both at their defaults"),
+    ],
+)
+def test_option_is_refused(ranks2: Ranks, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RankError, match=message):
+        ranks2.run(initialize, engine.config(2), options, True)
+
+
+def tensor_parallel() -> None:
+    config = {**engine.config(2), "tensor_parallel": {"autotp_size": 2}}
+    engine.start(tiny_llama(), config, {}, True, "AlphaAdam")
+
+
+@pytest.mark.slow
+def test_tensor_parallel_is_refused(ranks2: Ranks) -> None:
+    with pytest.raises(RankError, match=r"does not serve tensor parallelism .*autotp_size=2, .* set autotp_size to 1"):
+        ranks2.run(tensor_parallel)
+
+
+def pipeline() -> None:
+    import deepspeed
+
+    model = PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=2, loss_fn=nn.MSELoss())
+    optimizer = AlphaAdam(model.parameters())
+    deepspeed.initialize(model=model, optimizer=optimizer, config=engine.config(1))
+
+
+@pytest.mark.slow
+def test_pipeline_is_refused(ranks2: Ranks) -> None:
+    with pytest.raises(RankError, match=r"does not serve pipeline parallelism \(a PipelineModule, .* use ZeRO-3"):
+        ranks2.run(pipeline)
+
+
+def megatron(size: str) -> None:
+    """An mpu of one data-parallel group, as Megatron passes it, that says it splits the model over two ranks."""
+    import deepspeed
+    import torch.distributed as dist
+
+    one = SimpleNamespace(
+        get_model_parallel_world_size=lambda: 1, get_model_parallel_rank=lambda: 0,
+        get_tensor_model_parallel_world_size=lambda: 1, get_tensor_model_parallel_rank=lambda: 0,
+        get_pipeline_model_parallel_world_size=lambda: 1, get_pipeline_model_parallel_rank=lambda: 0,
+        get_data_parallel_world_size=dist.get_world_size, get_data_parallel_rank=dist.get_rank,
+        get_data_parallel_group=lambda: dist.group.WORLD, get_model_parallel_group=lambda: dist.group.WORLD,
+    )  # fmt: skip
+    setattr(one, size, lambda: 2)
+    model = Given()
+    deepspeed.initialize(model=model, optimizer=AlphaAdam(model.parameters()), config=engine.config(1), mpu=one)
+
+
+@pytest.mark.parametrize(
+    ("size", "what"),
+    [
+        ("get_tensor_model_parallel_world_size", "tensor parallelism"),
+        ("get_pipeline_model_parallel_world_size", "pipeline parallelism"),
+    ],
+)
+def test_megatron_is_refused(ranks2: Ranks, size: str, what: str) -> None:
+    with pytest.raises(RankError, match=f"does not serve {what}"):
+        ranks2.run(megatron, size)
+
+
+def test_a_swapped_optimizer_is_seen() -> None:
+    """What Accelerate builds in AlphaAdam's place under offload keeps AlphaAdam's groups, and is told by them."""
+    ours = AlphaAdam([nn.Parameter(torch.ones(3))])
+    theirs = torch.optim.AdamW(ours.param_groups)
+    with pytest.raises(ValueError, match=r"replaced by AdamW .* \"zero_force_ds_cpu_optimizer\": false"):
+        refusals.refuse_swapped(theirs)
+    refusals.refuse_swapped(torch.optim.AdamW([nn.Parameter(torch.ones(3))]))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"treshold": 0.1}, r"no option 'treshold' \(=0\.1\): did you mean 'threshold'\?"),
+        ({"lr": -1e-3}, r"lr=-0\.001 is out of range: it must be 0 or more"),
+        ({"gamma": 1.5}, r"gamma=1\.5 is out of range: it must be between 0"),
+        ({"alpha_max": 0.5}, r"alpha_max=0\.5 is out of range: it must be 1 or more"),
+        ({"scope": "model"}, r"scope='model' is unknown: give 'global' or 'layer'"),
+        ({"sync": "late"}, r"sync='late' is unknown: give 'exact' or 'delayed'"),
+        ({"sync": "delayed", "scope": "layer"}, r"sync='delayed' with scope='layer'"),
+        ({"max_grad_norm": 1.0}, r"no option 'max_grad_norm' \(=1\.0\)"),
+        ({"no_decay": ["bais"]}, r"no_decay has 'bais', which is in no parameter's name"),
+        ({"no_decay": "bias"}, r"no_decay='bias': give a list of words"),
+    ],
+)
+def test_bad_json_names_field_value_and_fix(ranks2: Ranks, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(RankError, match=message):
+        ranks2.run(initialize, engine.config(2), params, False)
+
+
+# ---- a DeepSpeed whose private names moved -----------------------------------------------------------------------
+
+
+def test_the_installed_version_has_every_name() -> None:
+    assert internals.missing_names() == []
+
+
+def test_moved_names_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(internals.DeepSpeedZeroOptimizer, "unscale_and_clip_grads")
+    monkeypatch.setitem(internals.CLASS_NAMES, "deepspeed.runtime.no_such_module", ("anything",))
+    assert internals.missing_names() == [
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.unscale_and_clip_grads",
+        "deepspeed.runtime.no_such_module",
+    ]
+
+
+def test_a_missing_attribute_is_named() -> None:
+    wrapper = object.__new__(internals.DeepSpeedZeroOptimizer_Stage3)
+    with pytest.raises(RuntimeError, match=r"no longer has .*Stage3\.averaged_gradients.*Install a tested version"):
+        internals.check_instance(wrapper)
+
+
+def unregistered(client: bool) -> None:
+    """What a user sees whose DeepSpeed has lost a name: nothing at import, an error where AlphaAdam meets an engine."""
+    engine_class = internals.DeepSpeedEngine
+    names = ("_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check", "__init__")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            method = getattr(engine_class, name)
+            patch.setattr(engine_class, name, getattr(method, "__wrapped__", method))
+        patch.setattr(internals, "missing_names", lambda: ["deepspeed.runtime.engine.DeepSpeedEngine._x"])
+        patch.delattr(torch.optim, "AlphaAdam")
+        attach.register()
+        config = {**engine.config(2), "zero_allow_untested_optimizer": True}
+        engine.start(Given(), config, {}, client, "AlphaAdam")
+
+
+@pytest.mark.parametrize("client", [True, False], ids=["client", "json"])
+def test_deepspeed_that_moved_is_refused(ranks2: Ranks, client: bool) -> None:
+    with pytest.raises(RankError, match=r"RuntimeError: AlphaAdam cannot run under DeepSpeed .* no longer has .*_x"):
+        ranks2.run(unregistered, client)
+    ranks2.run(engine.given, engine.config(2), {}, steps=2)  # and all is as before
