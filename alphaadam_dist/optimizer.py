@@ -1,9 +1,10 @@
-"""AlphaAdam as a torch.optim.Optimizer, for parameters sharded in any way.
+"""What AlphaAdam, AlphaLion and AlphaSGD share: a torch.optim.Optimizer for parameters sharded in any way.
 
 A step is three acts. **Count**: read (g, m) of every local shard. **Reduce**: one all-reduce makes the counts those
-of the whole model, and alpha follows. **Update**: write (p, m, v). With ``sync="delayed"`` the update counts as it
-goes and its alpha comes from the counts of the step before. Under DeepSpeed's ZeRO the wrapper calls ``step()`` once
-per partition, so ``zero/`` plays the acts itself, through ``open_step``, ``count`` and ``close_step``.
+of the whole model, and alpha follows. **Update**: write the parameters and their moments. With ``sync="delayed"`` the
+update counts as it goes and its alpha comes from the counts of the step before. Under DeepSpeed's ZeRO the wrapper
+calls ``step()`` once per partition, so ``zero/`` plays the acts itself, through ``open_step``, ``count`` and
+``close_step``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,28 +22,25 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import options
+from . import kernels, options
 from .counts import INITIAL_STATE, Statistics
-from .kernels import reference as kernels
 from .ownership import Layout, Slot, build_layout, statistics_device
 from .shards import Shard, clean_name, cut, fsdp1
 from .shards.select import shards_of
 
 
-class AlphaAdam(Optimizer):
-    """AdamW that steps where momentum and gradient agree, holds back where they conflict, and makes up for it.
+class AlphaOptimizer(Optimizer):
+    """A momentum optimizer that steps where momentum and gradient agree, and makes up for where they conflict.
 
-    The result is the same however the model is sharded: build it after sharding and use it like torch.optim.AdamW.
-    The algorithm is arXiv 2501.18094 as defined in :mod:`alphaadam_dist.rule`.
+    The result is the same however the model is sharded: build it after sharding and use it like torch's optimizers.
+    The algorithm is arXiv 2501.18094 as defined in :mod:`alphaadam_dist.rule`. What is written here is common to the
+    family; a subclass names its direction, one function of that module, and what this reads and keeps.
 
     Args:
         params: tensors, named_parameters() or groups of either; plain tensors or DTensors. Names make layer
             statistics readable and tell parameters apart across pipeline stages.
-        lr: learning rate, AdamW's. A one-element tensor is taken too. Per group.
-        betas: decay rates of the first and second moment. Per group.
-        eps: added to the root of the second moment. Per group.
-        weight_decay: decoupled, never masked. Per group.
-        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is AdamW.
+        hyperparameters: those of the class attribute of this name, with the values for groups that don't say.
+        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is the optimizer without masks.
         alpha_max: bound on alpha, 1 or more.
         threshold: tau; opposition weaker than tau * g^2 is no conflict. 0 compares signs only.
         alpha_warmup: number of steps over which the masks gain their strength.
@@ -62,13 +60,21 @@ class AlphaAdam(Optimizer):
         ValueError: an option out of range, options that contradict each other, a parameter of a kind not served.
     """
 
+    direction: ClassVar[Callable[..., None]]
+    """One update of one tensor: ``direction(param, grad, *moments, f, **hyperparameters)``, as in rule.py."""
+    moments: ClassVar[tuple[str, ...]]
+    """The state tensors of a parameter, each of its shape. The masks compare the gradient with the first."""
+    counts_steps: ClassVar[bool] = False
+    """Whether the state has ``step``, the number of the parameter's updates, and the direction takes it."""
+    hyperparameters: ClassVar[tuple[str, ...]]
+    """What each parameter group may have of its own and the direction takes; "lr" and "weight_decay" among them."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """Group keys of the torch optimizer whose checkpoints are exchanged, with the one value that is served."""
+
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        hyperparameters: Mapping[str, Any],
         *,
         gamma: float = 0.0,
         alpha_max: float = 4.0,
@@ -84,24 +90,36 @@ class AlphaAdam(Optimizer):
         maximize: bool = False,
         **unknown: Any,
     ) -> None:
-        known = [n for n in inspect.signature(AlphaAdam.__init__).parameters if n not in ("self", "params", "unknown")]
-        options.refuse_unknown(unknown, known, unknown)
+        options.refuse_unknown(type(self).__name__, unknown, list(inspect.signature(type(self)).parameters)[1:])
         if sharding not in ("auto", "replicated", "sharded"):
             raise ValueError(f"sharding={sharding!r} is unknown: give 'auto', 'replicated' or 'sharded'")
         options.check_fused(fused)
-        options.refuse_zero_redundancy()
+        options.refuse_zero_redundancy(type(self).__name__)
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "gamma": gamma, "alpha_max": alpha_max, "threshold": threshold, "alpha_warmup": alpha_warmup,
-            "scope": scope, "sync": sync, "clip_norm": clip_norm, "maximize": maximize, "capturable": capturable,
-            "fused": fused, "alphaadam_state": INITIAL_STATE, **options.ADAMW_KEYS,
+            **hyperparameters, "gamma": gamma, "alpha_max": alpha_max, "threshold": threshold,
+            "alpha_warmup": alpha_warmup, "scope": scope, "sync": sync, "clip_norm": clip_norm, "maximize": maximize,
+            "capturable": capturable, "fused": fused, "alphaadam_state": INITIAL_STATE,
+            "foreach": None, "differentiable": False, **self.fixed,
         }  # fmt: skip
-        options.check_group(defaults)
+        self._check_group(defaults)
         options.check_shared(defaults)
         self.sharding = sharding
         self.process_group = process_group
         self._start()
         super().__init__(params, defaults)
+
+    def __init_subclass__(cls) -> None:
+        """Give the class the signature it has with the options of the family, for help() and error messages."""
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        family = inspect.signature(AlphaOptimizer.__init__).parameters.values()
+        named = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        taken = {p.name for p in named}
+        named += [p for p in family if p.kind is p.KEYWORD_ONLY and p.name not in taken]
+        cls.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+
+    @classmethod
+    def check_hyperparameters(cls, group: Mapping[str, Any]) -> None:
+        """Check what a parameter group has of its own beside lr and weight_decay. Raises ValueError."""
 
     def _start(self) -> None:
         """Attributes that no checkpoint carries."""
@@ -119,24 +137,32 @@ class AlphaAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            options.check_group(group)
-            group["betas"] = tuple(group["betas"])
+            self._check_group(group)
             self._check_shared(group, f"parameter group {len(self.param_groups) - 1}")
             for param in group["params"]:
                 if param.is_complex() or not param.is_floating_point():
-                    raise ValueError(f"a parameter has dtype {param.dtype}: AlphaAdam takes real floating point")
+                    raise ValueError(
+                        f"a parameter has dtype {param.dtype}: {type(self).__name__} takes real floating point"
+                    )
             for name, param in self._named_parameters(len(self.param_groups) - 1):
                 self._shards_of(name, param)  # for its errors
         except ValueError:
             self.param_groups.pop()
             raise
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Check a parameter group's own hyperparameters, and make betas a tuple: a JSON has lists."""
+        options.check_group(type(self).__name__, group, self.fixed)
+        self.check_hyperparameters(group)
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+
     def _check_shared(self, group: Mapping[str, Any], where: str) -> None:
         for name in options.SHARED:
             if group.get(name, self.defaults[name]) != self.defaults[name]:
                 raise ValueError(
                     f"{name}={group[name]!r} in {where} contradicts {name}={self.defaults[name]!r} of the optimizer: "
-                    f"{name} holds for all groups, so give it to AlphaAdam(...) and leave it out of groups"
+                    f"{name} holds for all groups, so give it to {type(self).__name__}(...) and leave it out of groups"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +170,7 @@ class AlphaAdam(Optimizer):
         return {**super().__getstate__(), "sharding": self.sharding, "process_group": self.process_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded state, AdamW's too. What the constructor was told wins over what a checkpoint says."""
+        """Take over a loaded state, torch's too. What the constructor was told wins over what a checkpoint says."""
         super().__setstate__(state)
         if "defaults" in state:  # unpickled or copied, not loaded
             self._start()
@@ -153,12 +179,13 @@ class AlphaAdam(Optimizer):
                 if name in group and group[name] != self.defaults[name]:
                     warnings.warn(
                         f"the checkpoint was written with {name}={group[name]!r}; going on with "
-                        f"{name}={self.defaults[name]!r} as given to AlphaAdam(...)",
+                        f"{name}={self.defaults[name]!r} as given to {type(self).__name__}(...)",
                         stacklevel=3,
                     )
                 group[name] = self.defaults[name]
             group["fused"] = self.defaults["fused"]
-            group["betas"] = tuple(group["betas"])
+            if "betas" in group:
+                group["betas"] = tuple(group["betas"])
             for name, value in self.defaults.items():
                 # a list of its own: _adopt sees by identity that somebody else put it there
                 group.setdefault(name, list(value) if name == "alphaadam_state" else value)
@@ -168,12 +195,16 @@ class AlphaAdam(Optimizer):
                     held["step"] = torch.as_tensor(held["step"], dtype=torch.float32, device="cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of AlphaAdam's or AdamW's. Raises ValueError where the parameter groups are not those saved."""
-        options.check_saved_groups(state_dict, len(self.param_groups))
+        """Load a state of this optimizer's or of torch's counterpart. Raises ValueError where it does not fit."""
+        self.check_saved(state_dict)
         super().load_state_dict(state_dict)
 
+    def check_saved(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError where a saved state is not one of this optimizer's with equally many parameter groups."""
+        options.check_saved_groups(type(self).__name__, state_dict, len(self.param_groups), self.fixed)
+
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises."""
+        """torch's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises."""
         self._publish()
         return super().state_dict()
 
@@ -271,7 +302,9 @@ class AlphaAdam(Optimizer):
         for i, group in enumerate(self.param_groups):
             self._check_shared(group, f"parameter group {i}")
             if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
-                raise ValueError("AlphaAdam does not take sparse gradients: build the embedding with sparse=False")
+                raise ValueError(
+                    f"{type(self).__name__} does not take sparse gradients: build the embedding with sparse=False"
+                )
         self._layout = layout
         self._counted = False
         self._adopt().open(layout)
@@ -296,20 +329,20 @@ class AlphaAdam(Optimizer):
         clip = self.defaults["clip_norm"] is not None
         slots: list[Slot] = []
         grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
+        momenta: list[Tensor] = []
         for param, pieces in gradients:
-            exp_avg = _local(self._state(param)["exp_avg"])
+            momentum = _local(self._state(param)[self.moments[0]])
             for slot, start, grad in _owned_pieces(layout.slots[param], pieces):
                 slots.append(slot)
                 grads.append(grad)
-                whole = slot.whole and grad.numel() == exp_avg.numel()
-                exp_avgs.append(exp_avg.view(grad.shape) if whole else exp_avg.view(-1)[start : start + grad.numel()])
+                whole = slot.whole and grad.numel() == momentum.numel()
+                momenta.append(momentum.view(grad.shape) if whole else momentum.view(-1)[start : start + grad.numel()])
         if clip:
             statistics.add_norms(tuple(slots), kernels.squared_norms(grads))
             if threshold > 0:
                 statistics.reduce_norm()
                 scale = statistics.clip_coefficient()
-        statistics.add(tuple(slots), kernels.count(grads, exp_avgs, threshold=threshold, scale=scale))
+        statistics.add(tuple(slots), kernels.count(grads, momenta, threshold=threshold, scale=scale))
         statistics.reduce()
         self._counted = True
 
@@ -330,7 +363,9 @@ class AlphaAdam(Optimizer):
         for group in self.param_groups:
             slots: list[Slot] = []
             steps: list[float] = []
-            lists: tuple[list[Tensor], ...] = ([], [], [], [])
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            moments: list[list[Tensor]] = [[] for _ in self.moments]
             for param in group["params"]:
                 grad = self._gradient(param)
                 if grad is None:
@@ -338,23 +373,25 @@ class AlphaAdam(Optimizer):
                 if coefficient is not None:
                     grad = grad * coefficient.to(grad.device, grad.dtype)
                 state = self._state(param)
-                state["step"] = state["step"] + 1  # a new tensor: checkpoints may have made ranks of it share one
-                tensors = (_local(param), grad, _local(state["exp_avg"]), _local(state["exp_avg_sq"]))
+                if self.counts_steps:
+                    state["step"] = state["step"] + 1  # a new tensor: checkpoints may have made ranks of it share one
+                tensors = (_local(param), grad, *(_local(state[name]) for name in self.moments))
                 for slot in layout.slots[param]:
                     slots.append(slot)
-                    steps.append(float(state["step"]))
-                    for into, tensor in zip(lists, tensors, strict=True):
+                    if self.counts_steps:
+                        steps.append(float(state["step"]))
+                    for into, tensor in zip((params, grads, *moments), tensors, strict=True):
                         into.append(tensor if slot.whole else tensor.view(-1)[slot.start : slot.start + slot.numel])
             counts = kernels.update(
-                *lists,
+                self.direction,
+                params,
+                grads,
+                moments,
                 strengths=statistics.strengths(tuple(slots)),
                 threshold=self.defaults["threshold"],
-                steps=steps,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
                 counting=delayed,
+                steps=steps if self.counts_steps else None,
+                hyperparameters={name: group[name] for name in self.hyperparameters},
             )
             if counts is not None:
                 statistics.add(tuple(slots), counts)
@@ -371,12 +408,13 @@ class AlphaAdam(Optimizer):
         return -local if self.defaults["maximize"] else local
 
     def _state(self, param: Tensor) -> dict[str, Any]:
-        """The parameter's state, created as AdamW creates it where there is none."""
+        """The parameter's state, created as torch's optimizers create it where there is none."""
         state = self.state[param]
         if len(state) == 0:  # DeepSpeed leaves empty dicts behind
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            if self.counts_steps:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in self.moments:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
 
     # ---- the layout -----------------------------------------------------------------------------------------------

@@ -6,28 +6,42 @@ import difflib
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
+import torch.distributed as dist
 from torch import Tensor
 
 SHARED = ("gamma", "alpha_max", "threshold", "alpha_warmup", "scope", "sync", "clip_norm", "maximize", "capturable")
 """Options of the whole optimizer: equal in every parameter group, and the constructor's win over a checkpoint's."""
 
-FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
-ADAMW_KEYS = {"foreach": None, **FIXED}
-"""Group keys of torch.optim.AdamW that mean nothing here, kept so that checkpoints load both ways."""
+
+class Options(TypedDict, total=False):
+    """The options that all optimizers of the family take, for type checkers. AlphaOptimizer says what they mean."""
+
+    gamma: float
+    alpha_max: float
+    threshold: float
+    alpha_warmup: int
+    scope: str
+    sync: str
+    clip_norm: float | None
+    sharding: str
+    process_group: dist.ProcessGroup | None
+    fused: bool | None
+    capturable: bool
+    maximize: bool
 
 
-def refuse_unknown(unknown: Iterable[str], known: Iterable[str], values: Mapping[str, Any]) -> None:
-    """Raise TypeError for the first unknown option, with the nearest known one."""
+def refuse_unknown(kind: str, unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise TypeError for the first unknown option of an optimizer class, with the nearest known one."""
     names = sorted(known)
-    for name in unknown:
+    for name, value in unknown.items():
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "remove it."
-        raise TypeError(f"AlphaAdam has no option {name!r} (={values[name]!r}): {hint} Options: {', '.join(names)}")
+        raise TypeError(f"{kind} has no option {name!r} (={value!r}): {hint} Options: {', '.join(names)}")
 
 
-def _number(name: str, value: Any, rule: str, low: float, high: float = math.inf, *, below: bool = False) -> None:
+def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, *, below: bool = False) -> None:
     if isinstance(value, Tensor) and name == "lr":
         if value.numel() != 1:
             raise ValueError(f"lr is a tensor of shape {tuple(value.shape)}: give it one element")
@@ -40,38 +54,44 @@ def _number(name: str, value: Any, rule: str, low: float, high: float = math.inf
         raise ValueError(f"{name}={value!r} is out of range: {rule}")
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Check the hyperparameters that each parameter group has of its own. Raises ValueError."""
-    _number("lr", group["lr"], "it must be 0 or more", 0)
-    _number("eps", group["eps"], "it must be 0 or more", 0)
-    _number("weight_decay", group["weight_decay"], "it must be 0 or more", 0)
-    for name, value in FIXED.items():
+def check_group(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Check what each parameter group of an optimizer class ``kind`` has of its own. Raises ValueError."""
+    check_number("lr", group["lr"], "it must be 0 or more", 0)
+    check_number("weight_decay", group["weight_decay"], "it must be 0 or more", 0)
+    for name, value in {"differentiable": False, **fixed}.items():
         if group.get(name, value) != value:
-            raise ValueError(f"{name}={group[name]!r}: AlphaAdam has no such option, remove it")
+            raise ValueError(f"{name}={group[name]!r}: {kind} has no such option, remove it")
     check_fused(group.get("fused"))
     for name in ("sharding", "process_group"):
         if name in group:
             raise ValueError(
-                f"{name}={group[name]!r} in a parameter group: it holds for all groups, so give it to AlphaAdam(...)"
+                f"{name}={group[name]!r} in a parameter group: it holds for all groups, so give it to {kind}(...)"
             )
-    betas = group["betas"]
+
+
+def check_betas(betas: Any) -> None:
+    """Check two decay rates. Raises ValueError."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: give two numbers, as in (0.9, 0.999)")
     for i, beta in enumerate(betas):
-        _number(f"betas[{i}]", beta, "it must be at least 0 and less than 1", 0, 1, below=True)
+        check_number(f"betas[{i}]", beta, "it must be at least 0 and less than 1", 0, 1, below=True)
 
 
 def check_shared(options: Mapping[str, Any]) -> None:
     """Check the options of the whole optimizer, each by itself and against the others. Raises ValueError."""
-    _number("gamma", options["gamma"], "it must be between 0 (hold conflicting coordinates) and 1 (AdamW)", 0, 1)
-    _number("alpha_max", options["alpha_max"], "it must be 1 or more", 1)
-    _number("threshold", options["threshold"], "it must be 0 or more (0 compares signs)", 0)
-    _number("alpha_warmup", options["alpha_warmup"], "it must be 0 (none) or a number of steps", 0)
+    check_number(
+        "gamma", options["gamma"], "it must be between 0 (hold conflicting coordinates) and 1 (no masks)", 0, 1
+    )
+    check_number("alpha_max", options["alpha_max"], "it must be 1 or more", 1)
+    check_number("threshold", options["threshold"], "it must be 0 or more (0 compares signs)", 0)
+    check_number("alpha_warmup", options["alpha_warmup"], "it must be 0 (none) or a number of steps", 0)
     for name, choices in (("scope", ("global", "layer")), ("sync", ("exact", "delayed"))):
         if options[name] not in choices:
             raise ValueError(f"{name}={options[name]!r} is unknown: give {choices[0]!r} or {choices[1]!r}")
     if options["clip_norm"] is not None:
-        _number("clip_norm", options["clip_norm"], "it must be more than 0, or None for no clipping", math.ulp(0.0))
+        check_number(
+            "clip_norm", options["clip_norm"], "it must be more than 0, or None for no clipping", math.ulp(0.0)
+        )
     if options["sync"] == "delayed" and options["scope"] == "layer":
         raise ValueError(
             "sync='delayed' with scope='layer' is not defined: counts of one step ago say little about one layer. "
@@ -86,7 +106,7 @@ def check_shared(options: Mapping[str, Any]) -> None:
         raise ValueError("capturable=True needs the GPU kernels, which this version does not have: leave it False")
 
 
-def check_saved_groups(state_dict: Mapping[str, Any], here: int) -> None:
+def check_saved_groups(kind: str, state_dict: Mapping[str, Any], here: int, fixed: Mapping[str, Any]) -> None:
     """Raise ValueError where an optimizer of ``here`` parameter groups cannot go on with a saved state."""
     saved = len(state_dict["param_groups"])
     if saved != here:
@@ -94,8 +114,13 @@ def check_saved_groups(state_dict: Mapping[str, Any], here: int) -> None:
             f"the checkpoint has {saved} parameter groups, this optimizer has {here}: the groups must be those it was "
             "saved with (in a DeepSpeed config, adding or removing no_decay changes them)"
         )
-    if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-        raise ValueError("the checkpoint has amsgrad=True, which AlphaAdam does not have: load it into AdamW")
+    for group in state_dict["param_groups"]:
+        for name, value in fixed.items():
+            if group.get(name, value) != value:
+                raise ValueError(
+                    f"the checkpoint has {name}={group[name]!r}, which {kind} does not have: load it into the "
+                    "optimizer that wrote it"
+                )
 
 
 def check_fused(fused: bool | None) -> None:
@@ -104,7 +129,7 @@ def check_fused(fused: bool | None) -> None:
         raise ValueError("fused=True: this version has the reference kernels only. Leave fused=None")
 
 
-def refuse_zero_redundancy() -> None:
+def refuse_zero_redundancy(kind: str) -> None:
     """Raise ValueError where torch's ZeroRedundancyOptimizer is building the optimizer that calls this.
 
     It gives each rank an optimizer over some of the parameters and says nothing of the others.
@@ -114,7 +139,7 @@ def refuse_zero_redundancy() -> None:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
             raise ValueError(
-                "ZeroRedundancyOptimizer(optimizer_class=AlphaAdam) is not served: each rank would get an alpha of its "
+                f"ZeroRedundancyOptimizer(optimizer_class={kind}) is not served: each rank would get an alpha of its "
                 "own, from its own parameters. Use torch.distributed.fsdp.fully_shard(model, "
                 "reshard_after_forward=False), or DeepSpeed's ZeRO stage 1, which shard the state too"
             )

@@ -1,11 +1,11 @@
-"""AlphaAdam, the algorithm, on plain tensors. Everything else in this package is a faster or sharded way to do this.
+"""The algorithm, on plain tensors. Everything else in this package is a faster or sharded way to do this.
 
-AlphaAdam (Chang, Li, Yuan, arXiv 2501.18094) is AdamW with a question asked at every coordinate: do the momentum
-collected so far and the new gradient point the same way? Where they do, it steps; where they don't, it holds back; and
-a factor alpha makes up on the first kind for what was held back on the second. The paper gives this frame and leaves
-the details open; what follows is this library's definition.
+AlphaAdam (Chang, Li, Yuan, arXiv 2501.18094) puts a question to a momentum optimizer, at every coordinate: do the
+momentum collected so far and the new gradient point the same way? Where they do, it steps; where they don't, it holds
+back; and a factor alpha makes up on the first kind for what was held back on the second. The paper gives this frame,
+mostly for AdamW, and leaves the details open; what follows is this library's definition.
 
-With g the true gradient (unscaled, clipped, negated first to maximize) and m, v the moments BEFORE the step:
+With g the true gradient (unscaled, clipped, negated first to maximize) and m the momentum BEFORE the step:
 
     evidence   g != 0                                 NaN is evidence
     conflict   evidence and m * g < -threshold * g^2  at threshold 0: the signs are opposite
@@ -18,20 +18,25 @@ With g the true gradient (unscaled, clipped, negated first to maximize) and m, v
     f     = 1 + r (alpha - 1) where agree,  1 - r (1 - gamma) where conflict,  1 where neutral
 
     p *= 1 - lr * weight_decay                        decoupled, never masked
-    m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
-    p -= lr / (1 - beta1^t) * (f * m) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    p -= lr * f * d                                   d is the direction of the optimizer, which updates its moments:
 
-What follows from it, each a test: the mean of f over the evidence is 1 (while alpha_max is not met), so AdamW's
-learning rate carries over. Without conflict, with gamma = 1, and on the first step it is torch.optim.AdamW bit for
-bit. At threshold 0 only signs enter A and C, so neither loss scale nor clipping changes them and their sums are
+    AdamW   m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+            d = m / (1 - beta1^t) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    Lion    d = sign(m + (1 - beta1) (g - m));  then  m += (1 - beta2) (g - m)
+    SGD     m = momentum * m + g;  d = m, or with nesterov  g + momentum * m
+
+What follows from it, each a test: the mean of f over the evidence is 1 (while alpha_max is not met), so the
+learning rate carries over. Without conflict, with gamma = 1, and on the first step it is torch.optim.AdamW or SGD bit
+for bit. At threshold 0 only signs enter A and C, so neither loss scale nor clipping changes them and their sums are
 integers, the same in any order and under any sharding. f multiplies and never selects, so NaN and inf go where they
-go in AdamW. docs/algorithm.md says what is known about all this and what is not.
+go in torch's. docs/algorithm.md says what is known about all this and what is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +76,7 @@ def factor(agree: Tensor, conflict: Tensor, f_agree: Tensor, f_conflict: Tensor,
     return torch.where(agree, f_agree.to(dtype), torch.where(conflict, f_conflict.to(dtype), one))
 
 
-def update_(
+def adam_(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -79,36 +84,75 @@ def update_(
     f: Tensor,
     *,
     step: float,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW update with the direction multiplied by ``f``. Mutates param, exp_avg and exp_avg_sq.
+    """One AdamW update (arXiv 1711.05101), the direction multiplied by ``f``. Mutates param, exp_avg and exp_avg_sq.
 
     ``step`` is t, this parameter's number of updates with this one counted. The operations and their order are those
     of torch.optim.AdamW(foreach=False, fused=False), so f = 1 gives its bits.
     """
     beta1, beta2 = betas
-    param.mul_(1 - lr * weight_decay)
+    param.mul_(float(1 - lr * weight_decay))
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denom = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    param.addcdiv_(exp_avg * f, denom, value=-(lr / (1 - beta1**step)))
+    param.addcdiv_(exp_avg * f, denom, value=float(-(lr / (1 - beta1**step))))
+
+
+def lion_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    f: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    """One Lion update (arXiv 2302.06675, algorithm 2), the sign multiplied by ``f``. Mutates param and exp_avg."""
+    beta1, beta2 = betas
+    param.mul_(float(1 - lr * weight_decay))
+    sign = exp_avg.lerp(grad, 1 - beta1).sign_()
+    param.add_(sign.mul_(f), alpha=float(-lr))
+    exp_avg.lerp_(grad, 1 - beta2)
+
+
+def sgd_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    f: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None:
+    """One update of SGD with momentum, the direction multiplied by ``f``. Mutates param and momentum_buffer.
+
+    The operations and their order are those of torch.optim.SGD(foreach=False, fused=False, dampening=0), but for the
+    decay, which is decoupled (arXiv 1711.05101, algorithm 1): f = 1 without decay gives its bits.
+    """
+    param.mul_(float(1 - lr * weight_decay))
+    momentum_buffer.mul_(momentum).add_(grad)
+    direction = grad.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
+    param.add_(direction * f, alpha=float(-lr))
 
 
 @dataclass
 class Coordinates:
-    """One parameter tensor with its moments and hyperparameters, as :func:`step_` takes it."""
+    """One parameter tensor with its moments and hyperparameters, as :func:`step_` takes it.
+
+    ``moments`` and ``hyperparameters`` are those of the direction; where that takes ``step``, the hyperparameters
+    hold the number of updates so far.
+    """
 
     param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
-    step: float = 0.0
+    moments: list[Tensor]
+    hyperparameters: dict[str, Any]
 
 
 @dataclass
@@ -125,6 +169,7 @@ def step_(
     model: Sequence[Coordinates],
     grads: Sequence[Tensor | None],
     memory: Memory,
+    direction: Callable[..., None] = adam_,
     *,
     gamma: float = 0.0,
     alpha_max: float = 4.0,
@@ -137,10 +182,10 @@ def step_(
 ) -> list[float]:
     """One whole step of the rule over all parameters of a model, in one process. Mutates model and memory.
 
-    Returns the alpha that each parameter was updated with. ``sync="delayed"`` takes alpha from the counts of the
-    step before. A gradient None means no evidence, no update, no decay; a step without any evidence leaves memory as
-    it is. ``clip_norm`` scales the gradients by min(1, clip_norm / (global L2 norm + 1e-6)) first, as torch's
-    clip_grad_norm_ does.
+    ``direction`` is :func:`adam_`, :func:`lion_`, :func:`sgd_` or another of their kind. Returns the alpha that each
+    parameter was updated with. ``sync="delayed"`` takes alpha from the counts of the step before. A gradient None
+    means no evidence, no update, no decay; a step without any evidence leaves memory as it is. ``clip_norm`` scales
+    the gradients by min(1, clip_norm / (global L2 norm + 1e-6)) first, as torch's clip_grad_norm_ does.
     """
     present = [(c, -g if maximize else g) for c, g in zip(model, grads, strict=True) if g is not None]
     if clip_norm is not None:
@@ -148,7 +193,7 @@ def step_(
         coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         present = [(c, g * coefficient.to(g.dtype)) for c, g in present]
 
-    masks = [classify(g, c.exp_avg, threshold) for c, g in present]
+    masks = [classify(g, c.moments[0], threshold) for c, g in present]
     counts = torch.tensor([[agree.sum(), conflict.sum()] for agree, conflict in masks], dtype=torch.float64)
     counts = counts.reshape(-1, 2)  # also where no parameter has a gradient
     total = counts.sum(0)
@@ -167,12 +212,9 @@ def step_(
     applied = torch.tensor(memory.applied + 1, dtype=torch.float64)
     f_agree, f_conflict = strengths(per_parameter, applied, gamma, alpha_warmup)
     for (c, g), (agree, conflict), f in zip(present, masks, f_agree, strict=True):
-        c.step += 1
-        fs = factor(agree, conflict, f, f_conflict, c.exp_avg.dtype)
-        update_(
-            c.param, g, c.exp_avg, c.exp_avg_sq, fs,
-            step=c.step, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
-        )  # fmt: skip
+        if "step" in c.hyperparameters:
+            c.hyperparameters["step"] += 1
+        direction(c.param, g, *c.moments, factor(agree, conflict, f, f_conflict, g.dtype), **c.hyperparameters)
 
     if total.sum() > 0:
         memory.applied, memory.alpha = float(applied), float(alpha)

@@ -1,11 +1,12 @@
-"""The reference kernels: rule.py over lists of local shards, the AdamW arithmetic in torch's foreach operations.
+"""The reference kernels: rule.py over lists of local shards, for any device, dtype and direction.
 
 A list holds one tensor per shard, all on one device. Nothing here knows of ranks or reads a device value on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .. import rule
 
 
 def count(
-    grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], *, threshold: float, scale: Tensor | float | None
+    grads: Sequence[Tensor], momenta: Sequence[Tensor], *, threshold: float, scale: Tensor | float | None
 ) -> Tensor:
     """Agreeing and conflicting coordinates of each shard: int64 of shape (n, 2). Mutates nothing.
 
@@ -24,11 +25,11 @@ def count(
     if not grads:
         return torch.zeros((0, 2), dtype=torch.int64)
     rows = []
-    for grad, exp_avg in zip(grads, exp_avgs, strict=True):
+    for grad, momentum in zip(grads, momenta, strict=True):
         if isinstance(scale, Tensor):
-            scale = scale.to(grad.device, exp_avg.dtype)  # as the update casts it
-        true_grad = grad if scale is None else grad.to(exp_avg.dtype) * scale
-        agree, conflict = rule.classify(true_grad, exp_avg, threshold)
+            scale = scale.to(grad.device, momentum.dtype)  # as the update casts it
+        true_grad = grad if scale is None else grad.to(momentum.dtype) * scale
+        agree, conflict = rule.classify(true_grad, momentum, threshold)
         rows.append(torch.stack((agree.sum(), conflict.sum())))
     return torch.stack(rows)
 
@@ -41,50 +42,35 @@ def squared_norms(grads: Sequence[Tensor]) -> Tensor:
 
 
 def update(
+    direction: Callable[..., None],
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    moments: list[list[Tensor]],
     *,
     strengths: Tensor,
     threshold: float,
-    steps: list[float],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
     counting: bool,
+    steps: list[float] | None,
+    hyperparameters: Mapping[str, Any],
 ) -> Tensor | None:
-    """One AlphaAdam update of shards that share hyperparameters. Mutates params, exp_avgs and exp_avg_sqs.
+    """One update of shards that share hyperparameters. Mutates params and moments.
 
     Args:
+        direction: of rule.py or of its kind.
+        moments: a list for each state tensor that the direction takes, the momentum that makes the masks first.
         strengths: float64 of shape (n, 2): f where each shard agrees and where it conflicts.
-        steps: t of each shard, this update counted.
         counting: return the counts of the masks used, as :func:`count` would have before the update.
+        steps: t of each shard, this update counted, for a direction that takes it.
+        hyperparameters: the direction's others, by name.
     """
-    if not params:
-        return torch.zeros((0, 2), dtype=torch.int64) if counting else None
-    beta1, beta2 = betas
-    masks = [rule.classify(g, m, threshold) for g, m in zip(grads, exp_avgs, strict=True)]
-    factors = [
-        rule.factor(agree, conflict, f[0], f[1], m.dtype)
-        for (agree, conflict), f, m in zip(masks, strengths, exp_avgs, strict=True)
-    ]
-
-    # not _foreach_mul_ by a number: on the CPU it rounds the number to 16 bits where the tensors are
-    decay = float(1 - lr * weight_decay)
-    for param in params:
-        param.mul_(decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    for exp_avg_sq in exp_avg_sqs:
-        exp_avg_sq.mul_(beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denoms = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denoms, [(1 - beta2**t) ** 0.5 for t in steps])
-    torch._foreach_add_(denoms, eps)
-    torch._foreach_mul_(factors, exp_avgs)
-    torch._foreach_addcdiv_(params, factors, denoms, [float(-(lr / (1 - beta1**t))) for t in steps])
-
+    rows = []
+    for i, (param, grad, *own) in enumerate(zip(params, grads, *moments, strict=True)):
+        agree, conflict = rule.classify(grad, own[0], threshold)
+        f = rule.factor(agree, conflict, strengths[i, 0], strengths[i, 1], grad.dtype)
+        step = {} if steps is None else {"step": steps[i]}
+        direction(param, grad, *own, f, **step, **hyperparameters)
+        if counting:
+            rows.append(torch.stack((agree.sum(), conflict.sum())))
     if not counting:
         return None
-    return torch.stack([torch.stack((agree.sum(), conflict.sum())) for agree, conflict in masks])
+    return torch.stack(rows) if rows else torch.zeros((0, 2), dtype=torch.int64)

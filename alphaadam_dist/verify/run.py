@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..optimizer import AlphaAdam
+from ..alphaadam import AlphaAdam
 from . import shardings, zero
 from .collectives import Collectives
 from .model import Llama, next_token_loss, token_batches

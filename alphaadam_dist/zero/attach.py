@@ -1,7 +1,7 @@
-"""Makes deepspeed.initialize take AlphaAdam, from its JSON or as a client optimizer, and count the whole model.
+"""Makes deepspeed.initialize take our optimizers, from its JSON or as client objects, and count the whole model.
 
-``register`` runs at ``import alphaadam_dist``. It names AlphaAdam under torch.optim, where DeepSpeed looks up the type
-in a JSON config, lists it among the optimizers that ZeRO supports, and wraps three methods of the engine: one builds
+``register`` runs at ``import alphaadam_dist``. It names each optimizer under torch.optim, where DeepSpeed looks up the
+type in a JSON config, lists it among those that ZeRO supports, and once wraps three methods of the engine: one builds
 the optimizer named in the JSON, one refuses what is not served before DeepSpeed wraps anything around the optimizer,
 and one attaches to that wrapper once it stands.
 """
@@ -9,42 +9,47 @@ and one attaches to that wrapper once it stands.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
-from .. import options
-from ..optimizer import AlphaAdam
+from ..optimizer import AlphaOptimizer
 from ..ownership import Layout, build_layout, statistics_device
 from . import internals, json_config, monitor, refusals
 
 
-def register() -> None:
-    """Register AlphaAdam with DeepSpeed. A second call changes nothing."""
-    if getattr(torch.optim, "AlphaAdam", None) is AlphaAdam:
-        return
+def register(*kinds: type[AlphaOptimizer]) -> None:
+    """Register optimizer classes with DeepSpeed, under their names. What is registered already stays as it is."""
     missing = internals.missing_names()
     if missing:
-        _refuse_later(missing)
+        _refuse_later(kinds, missing)
         return
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    for kind in kinds:
+        if getattr(torch.optim, kind.__name__, None) is not kind:
+            setattr(torch.optim, kind.__name__, kind)
+            ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+    _wrap_engine()
 
-    torch.optim.AlphaAdam = AlphaAdam  # type: ignore[attr-defined]
-    ZERO_SUPPORTED_OPTIMIZERS.append(AlphaAdam)
+
+@functools.cache
+def _wrap_engine() -> None:
     engine_class = internals.DeepSpeedEngine
     build, check = engine_class._configure_basic_optimizer, engine_class._do_optimizer_sanity_check
     configure = engine_class._configure_optimizer
 
     @functools.wraps(build)
     def built(engine: Any, model_parameters: Any) -> Any:
-        if engine.optimizer_name() != AlphaAdam.__name__:
+        kind = getattr(torch.optim, engine.optimizer_name(), None)
+        if not (isinstance(kind, type) and issubclass(kind, AlphaOptimizer)):
             return build(engine, model_parameters)
-        return json_config.build(engine, model_parameters)
+        return json_config.build(kind, engine, model_parameters)
 
     @functools.wraps(check)
     def checked(engine: Any, basic_optimizer: Any) -> Any:
-        if isinstance(basic_optimizer, AlphaAdam):
+        if isinstance(basic_optimizer, AlphaOptimizer):
             refusals.refuse(engine, basic_optimizer)
         else:
             refusals.refuse_swapped(basic_optimizer)
@@ -53,7 +58,7 @@ def register() -> None:
     @functools.wraps(configure)
     def configured(engine: Any, *args: Any, **kwargs: Any) -> None:
         configure(engine, *args, **kwargs)
-        if isinstance(engine.basic_optimizer, AlphaAdam):
+        if isinstance(engine.basic_optimizer, AlphaOptimizer):
             attach(engine, engine.basic_optimizer)
 
     engine_class._configure_basic_optimizer = built
@@ -61,28 +66,29 @@ def register() -> None:
     engine_class._configure_optimizer = configured
 
 
-def _refuse_later(missing: list[str]) -> None:
-    """DeepSpeed has changed: leave the rest of the package usable, and fail where AlphaAdam meets an engine."""
+def _refuse_later(kinds: Sequence[type[AlphaOptimizer]], missing: list[str]) -> None:
+    """DeepSpeed has changed: leave the rest of the package usable, and fail where an optimizer meets an engine."""
 
     def refuse_type(*args: Any, **kwargs: Any) -> None:
         raise internals.moved(missing)
 
-    torch.optim.AlphaAdam = refuse_type  # type: ignore[attr-defined]
+    for kind in kinds:
+        setattr(torch.optim, kind.__name__, refuse_type)
     engine_class = internals.DeepSpeedEngine
     init = engine_class.__init__
 
     @functools.wraps(init)
     def checked_init(engine: Any, *args: Any, **kwargs: Any) -> None:
         init(engine, *args, **kwargs)
-        if isinstance(getattr(engine, "basic_optimizer", None), AlphaAdam) or isinstance(
-            getattr(engine, "optimizer", None), AlphaAdam
+        if isinstance(getattr(engine, "basic_optimizer", None), AlphaOptimizer) or isinstance(
+            getattr(engine, "optimizer", None), AlphaOptimizer
         ):
             raise internals.moved(missing)
 
     engine_class.__init__ = checked_init
 
 
-def attach(engine: Any, optimizer: AlphaAdam) -> None:
+def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
     """Make the engine's steps count the whole model. Collective over its data-parallel group.
 
     Raises:
@@ -111,7 +117,7 @@ def attach(engine: Any, optimizer: AlphaAdam) -> None:
     monitor.attach(engine, optimizer)
 
 
-def _watch_loading(optimizer: AlphaAdam, zero: Any) -> None:
+def _watch_loading(optimizer: AlphaOptimizer, zero: Any) -> None:
     """Check a checkpoint before DeepSpeed loads it, and after a universal one make the groups whole.
 
     DeepSpeed trips over a checkpoint of other parameter groups before the optimizer can name the reason. A universal
@@ -126,7 +132,7 @@ def _watch_loading(optimizer: AlphaAdam, zero: Any) -> None:
         universal = internals.universal_state(folder) if folder else None
         held = args[0] if args else kwargs["state_dict_list"]
         for state_dict in internals.optimizer_states(held) if universal is None else [universal]:
-            options.check_saved_groups(state_dict, len(optimizer.param_groups))
+            optimizer.check_saved(state_dict)
         result = load(*args, **kwargs)
         if universal is not None:
             for group, saved in zip(optimizer.param_groups, universal["param_groups"], strict=True):
@@ -137,7 +143,7 @@ def _watch_loading(optimizer: AlphaAdam, zero: Any) -> None:
     zero.load_state_dict = watched
 
 
-def _drive(optimizer: AlphaAdam, layout: Layout, wrapper: internals.Wrapper) -> None:
+def _drive(optimizer: AlphaOptimizer, layout: Layout, wrapper: internals.Wrapper) -> None:
     """Open, count and close each step around a wrapper that calls ``optimizer.step()`` for one part after another."""
     zero = wrapper.zero
     exact = optimizer.defaults["sync"] == "exact"

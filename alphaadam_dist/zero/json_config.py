@@ -7,25 +7,25 @@ words, in any case, into a group without decay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
-from ..optimizer import AlphaAdam
+from ..optimizer import AlphaOptimizer
 
 
-def build(engine: Any, model_parameters: Iterable[Any]) -> AlphaAdam:
-    """AlphaAdam over DeepSpeed's parameters or groups, with the params of the config.
+def build(kind: Callable[..., AlphaOptimizer], engine: Any, model_parameters: Iterable[Any]) -> AlphaOptimizer:
+    """An optimizer of a class over DeepSpeed's parameters or groups, with the params of the config.
 
     Raises:
-        TypeError: the config has an option that AlphaAdam does not.
+        TypeError: the config has an option that the class does not.
         ValueError: an option out of range, or a word of ``no_decay`` that is in no parameter's name.
     """
     params = dict(engine.optimizer_params() or {})
     words = params.pop("no_decay", None)
     if words is None:
-        return AlphaAdam(model_parameters, **params)
+        return kind(model_parameters, **params)
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
         raise ValueError(f'optimizer.params.no_decay={words!r}: give a list of words, as in ["bias", "norm"]')
     words = [word.lower() for word in words]
@@ -46,7 +46,7 @@ def build(engine: Any, model_parameters: Iterable[Any]) -> AlphaAdam:
         spared = [param for param in given["params"] if not decays(param)]
         groups += [{**given, "params": decayed}] if decayed else []
         groups += [{**given, "params": spared, "weight_decay": 0.0}] if spared else []
-    return AlphaAdam(groups, **params)
+    return kind(groups, **params)
 
 
 def _groups(model_parameters: Iterable[Any]) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..optimizer import AlphaAdam
+from ..optimizer import AlphaOptimizer
 
 
-def attach(engine: Any, optimizer: AlphaAdam) -> None:
+def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
     """Write ``Train/AlphaAdam/*`` beside the learning rate, every ``steps_per_print`` steps, from rank 0.
 
-    Reading the numbers waits for the device, so other steps are left alone.
+    The middle is the name of the class. Reading the numbers waits for the device, so other steps are left alone.
     """
     write, every = engine.monitor.write_events, engine.steps_per_print()
     if not engine.monitor.enabled or every is None:
@@ -19,8 +19,9 @@ def attach(engine: Any, optimizer: AlphaAdam) -> None:
     def write_with_ours(events: list[tuple[str, float, int]], *args: Any, **kwargs: Any) -> None:
         learning_rate = any(name == "Train/Samples/lr" for name, *_ in events)
         if learning_rate and engine.global_steps % every == 0:
+            where = f"Train/{type(optimizer).__name__}"
             ours = optimizer.metrics().items()
-            events = [*events, *((f"Train/AlphaAdam/{name}", value, engine.global_samples) for name, value in ours)]
+            events = [*events, *((f"{where}/{name}", value, engine.global_samples) for name, value in ours)]
         write(events, *args, **kwargs)
 
     engine.monitor.write_events = write_with_ours

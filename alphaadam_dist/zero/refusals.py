@@ -1,4 +1,4 @@
-"""What AlphaAdam does not serve under DeepSpeed: each is refused by deepspeed.initialize, with the way out."""
+"""What is not served under DeepSpeed: each is refused by deepspeed.initialize, with the way out."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 from torch.optim import Optimizer
 
-from ..optimizer import AlphaAdam
+from ..optimizer import AlphaOptimizer
 
 
-def refuse(engine: Any, optimizer: AlphaAdam) -> None:
+def refuse(engine: Any, optimizer: AlphaOptimizer) -> None:
     """Raise ValueError for the first feature of this engine under which the result would not be exact."""
     config = engine._config
     offload = engine.zero_offload_optimizer()
@@ -89,11 +89,11 @@ def refuse(engine: Any, optimizer: AlphaAdam) -> None:
     ]
     for present, what, fix in refused:
         if present:
-            raise ValueError(f"AlphaAdam under DeepSpeed does not serve {what}: {fix}")
+            raise ValueError(f"{type(optimizer).__name__} under DeepSpeed does not serve {what}: {fix}")
 
 
 def refuse_swapped(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer that somebody built from AlphaAdam's parameter groups in its place."""
+    """Raise ValueError for an optimizer that somebody built from the parameter groups of one of ours in its place."""
     if any("alphaadam_state" in group for group in optimizer.param_groups):
         raise ValueError(
             f"AlphaAdam was replaced by {type(optimizer).__name__} on its way to DeepSpeed: Accelerate does that to an "

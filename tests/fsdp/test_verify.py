@@ -71,13 +71,13 @@ def everything_counts_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_collective_more(patch: pytest.MonkeyPatch) -> None:
-    step = optimizer.AlphaAdam._update
+    step = optimizer.AlphaOptimizer._update
 
     def with_barrier(self: Any) -> None:
         dist.all_reduce(torch.zeros(1))
         step(self)
 
-    patch.setattr(optimizer.AlphaAdam, "_update", with_barrier)
+    patch.setattr(optimizer.AlphaOptimizer, "_update", with_barrier)
 
 
 def too_large_a_step(patch: pytest.MonkeyPatch) -> None:

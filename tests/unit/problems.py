@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphaadam_dist import AlphaAdam, rule
+from alphaadam_dist.optimizer import AlphaOptimizer
 
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (13,), (1,), (), (0,), (2, 3, 4))
 INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,20 +61,22 @@ def step_with(optimizer: torch.optim.Optimizer, grads: Sequence[Tensor | None]) 
     optimizer.step()
 
 
-def memory_of(optimizer: AlphaAdam) -> list[float]:
+def memory_of(optimizer: AlphaOptimizer) -> list[float]:
     """[T, alpha, A, C] as a checkpoint would hold it."""
     held: list[float] = optimizer.state_dict()["param_groups"][0]["alphaadam_state"]
     return held
 
 
 class Twin:
-    """AlphaAdam and rule.step_ over equal parameters. Hyperparameters are those of the optimizer's groups."""
+    """An optimizer and rule.step_ over equal parameters. Hyperparameters are those of the optimizer's groups."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], kind: Callable[..., AlphaOptimizer] = AlphaAdam, **options: Any
+    ) -> None:
         """``groups`` are param groups whose "params" are plain tensors, which are copied."""
-        self.options = {k: v for k, v in options.items() if k not in ("lr", "betas", "eps", "weight_decay")}
         copies = [{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in groups]
-        self.optimizer = AlphaAdam(copies, **options)
+        self.optimizer = kind(copies, **options)
+        self.options = {k: v for k, v in options.items() if k not in self.optimizer.hyperparameters}
         self.model: list[rule.Coordinates] = []
         self.memory = rule.Memory()
         self._follow_groups()
@@ -87,15 +90,16 @@ class Twin:
         flat = [(group, param) for group in self.optimizer.param_groups for param in group["params"]]
         for _, param in flat[len(self.model) :]:
             value = param.detach().clone(memory_format=torch.preserve_format)
-            self.model.append(rule.Coordinates(value, torch.zeros_like(value), torch.zeros_like(value)))
+            moments = [torch.zeros_like(value) for _ in self.optimizer.moments]
+            self.model.append(rule.Coordinates(value, moments, {"step": 0.0} if self.optimizer.counts_steps else {}))
         for (group, _), c in zip(flat, self.model, strict=True):
-            c.lr, c.betas, c.eps = group["lr"], group["betas"], group["eps"]
-            c.weight_decay = group["weight_decay"]
+            c.hyperparameters.update({name: group[name] for name in self.optimizer.hyperparameters})
 
     def step(self, grads: Sequence[Tensor | None]) -> list[float]:
         self._follow_groups()
         step_with(self.optimizer, grads)
-        return rule.step_(self.model, [None if g is None else g.clone() for g in grads], self.memory, **self.options)
+        copies = [None if g is None else g.clone() for g in grads]
+        return rule.step_(self.model, copies, self.memory, self.optimizer.direction, **self.options)
 
     def differences(self) -> list[str]:
         """What of the optimizer does not have the bits of the rule."""
@@ -104,9 +108,9 @@ class Twin:
             state = self.optimizer.state.get(param, {})
             if not same_bits(param, c.param):
                 wrong.append(f"parameter {i}: {(param - c.param).abs().max()}")
-            if float(state.get("step", 0.0)) != c.step:
-                wrong.append(f"step of {i}: {state.get('step')} and {c.step}")
-            for name, value in (("exp_avg", c.exp_avg), ("exp_avg_sq", c.exp_avg_sq)):
+            if float(state.get("step", 0.0)) != c.hyperparameters.get("step", 0.0):
+                wrong.append(f"step of {i}: {state.get('step')} and {c.hyperparameters['step']}")
+            for name, value in zip(self.optimizer.moments, c.moments, strict=True):
                 if not same_bits(state.get(name, torch.zeros_like(value)), value):
                     wrong.append(f"{name} of {i}")
         m = self.memory

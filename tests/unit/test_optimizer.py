@@ -123,7 +123,7 @@ def test_groups_that_come_later(mode: str) -> None:
     for grads in gradients(4, seed=3):
         twin.step(grads)
     assert twin.differences() == []
-    assert [c.step for c in twin.model] == [8.0] * 2 + [4.0] * 4
+    assert [c.hyperparameters["step"] for c in twin.model] == [8.0] * 2 + [4.0] * 4
 
 
 @modes

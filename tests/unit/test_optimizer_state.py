@@ -199,7 +199,7 @@ def test_a_checkpoint_of_adamw_loaded_into_a_running_optimizer_forgets_its_stati
 def test_amsgrad_checkpoints_are_refused() -> None:
     theirs = adamw(amsgrad=True)
     step_with(theirs, STEPS[0])
-    with pytest.raises(ValueError, match=r"amsgrad=True.*AdamW"):
+    with pytest.raises(ValueError, match=r"amsgrad=True.*AlphaAdam"):
         new("global").load_state_dict(theirs.state_dict())
 
 

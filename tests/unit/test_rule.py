@@ -215,7 +215,7 @@ def test_update_with_f_one_is_adamw_bitwise(
         grad[t] = 0
         theirs.grad = grad.clone()
         adamw.step()
-        rule.update_(
+        rule.adam_(
             param, grad, exp_avg, exp_avg_sq, torch.ones_like(param),
             step=float(t), lr=3e-3, betas=betas, eps=1e-6, weight_decay=weight_decay,
         )  # fmt: skip
@@ -235,7 +235,7 @@ def test_update_multiplies_the_direction_and_nothing_else() -> None:
 
     def updated(strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p, first, second = start.clone(), m.clone(), v.clone()
-        rule.update_(p, grad, first, second, strength, step=3.0, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.3)
+        rule.adam_(p, grad, first, second, strength, step=3.0, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.3)
         return p, first, second
 
     ours, adamw = updated(f), updated(torch.ones_like(f))

@@ -22,7 +22,10 @@ SAME: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_d
 
 
 def coordinates(params: Sequence[Tensor], **hyper: Any) -> list[rule.Coordinates]:
-    return [rule.Coordinates(p.clone(), torch.zeros_like(p), torch.zeros_like(p), **{**SAME, **hyper}) for p in params]
+    return [
+        rule.Coordinates(p.clone(), [torch.zeros_like(p), torch.zeros_like(p)], {**SAME, "step": 0.0, **hyper})
+        for p in params
+    ]
 
 
 def adamw(params: Sequence[Tensor], **hyper: Any) -> tuple[list[Tensor], torch.optim.AdamW]:
@@ -54,12 +57,10 @@ def test_the_mean_of_f_over_the_evidence_is_one(gamma: float, threshold: float, 
     for c in model:
         c.param.zero_()
     plain = [
-        rule.Coordinates(torch.zeros_like(c.param), c.exp_avg.clone(), c.exp_avg_sq.clone(), **{**SAME, **hyper})
+        rule.Coordinates(torch.zeros_like(c.param), [m.clone() for m in c.moments], dict(c.hyperparameters))
         for c in model
     ]
-    for c, p in zip(model, plain, strict=True):
-        p.step = c.step
-    moments = [c.exp_avg.clone() for c in model]
+    moments = [c.moments[0].clone() for c in model]
     options: dict[str, Any] = {"threshold": threshold, "scope": scope, "alpha_max": 1e3}
     rule.step_(model, steps[-1], memory, gamma=gamma, **options)
     rule.step_(plain, steps[-1], rule.Memory(), gamma=1.0)
@@ -85,7 +86,7 @@ def test_the_mean_of_f_over_the_evidence_is_one(gamma: float, threshold: float, 
 def test_the_cap_holds_alpha() -> None:
     """Three conflicts for one agreement ask for alpha 4; the bound gives 1.5."""
     model = coordinates([torch.zeros(4, dtype=torch.float64)], weight_decay=0.0)
-    model[0].exp_avg.copy_(torch.tensor([1.0, 1, 1, 1]))
+    model[0].moments[0].copy_(torch.tensor([1.0, 1, 1, 1]))
     memory = rule.Memory()
     grad = torch.tensor([1.0, -1, -1, -1], dtype=torch.float64)
     assert rule.step_(model, [grad], memory, alpha_max=1.5) == [1.5]
@@ -117,8 +118,8 @@ def test_bitwise_adamw(dtype: torch.dtype, options: dict[str, Any], case: str) -
     for c, p, held in zip(model, theirs, optimizer.param_groups[0]["params"], strict=True):
         assert same_bits(c.param, p)
         if held in optimizer.state:
-            assert same_bits(c.exp_avg, optimizer.state[held]["exp_avg"])
-            assert same_bits(c.exp_avg_sq, optimizer.state[held]["exp_avg_sq"])
+            assert same_bits(c.moments[0], optimizer.state[held]["exp_avg"])
+            assert same_bits(c.moments[1], optimizer.state[held]["exp_avg_sq"])
 
 
 def test_a_conflict_departs_from_adamw() -> None:
@@ -192,7 +193,7 @@ def test_zero_padding_changes_nothing(options: dict[str, Any]) -> None:
         assert memory == its_memory
     for c, longer in zip(model, with_padding, strict=True):
         assert same_bits(c.param.reshape(-1), longer.param[:-5])
-        assert same_bits(c.exp_avg.reshape(-1), longer.exp_avg[:-5])
+        assert same_bits(c.moments[0].reshape(-1), longer.moments[0][:-5])
         assert longer.param[-5:].tolist() == [0.0] * 5
 
 
@@ -227,12 +228,12 @@ def test_nan_and_inf_land_where_they_land_in_adamw(dtype: torch.dtype, options: 
 def test_gradient_none_touches_nothing() -> None:
     model, memory = coordinates(tensors(0)), rule.Memory()
     rule.step_(model, gradients(1)[0], memory)
-    before = [(c.param.clone(), c.exp_avg.clone(), c.exp_avg_sq.clone(), c.step) for c in model]
+    before = [(c.param.clone(), c.moments[0].clone(), c.moments[1].clone(), c.hyperparameters["step"]) for c in model]
     rule.step_(model, [None, *gradients(1, seed=9)[0][1:]], memory)
     assert same_bits(model[0].param, before[0][0])
-    assert same_bits(model[0].exp_avg, before[0][1])
-    assert model[0].step == 1.0
-    assert model[1].step == 2.0
+    assert same_bits(model[0].moments[0], before[0][1])
+    assert model[0].hyperparameters["step"] == 1.0
+    assert model[1].hyperparameters["step"] == 2.0
 
 
 @pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"sync": "delayed"}, {"clip_norm": 1.0}])
@@ -255,7 +256,7 @@ def test_a_step_without_evidence_leaves_the_memory(sync: str) -> None:
     assert held.conflict > 0
     rule.step_(model, [torch.zeros(shape) for shape in SHAPES], memory, sync=sync)
     assert memory == held
-    assert [c.step for c in model] == [5.0] * len(model)
+    assert [c.hyperparameters["step"] for c in model] == [5.0] * len(model)
 
 
 # ---- the naive implementation
@@ -318,8 +319,8 @@ def test_the_naive_implementation_agrees(problem: dict[str, Any]) -> None:
     assert (memory.applied, memory.agree, memory.conflict) == (run.T, run.A, run.C)
     assert memory.alpha == pytest.approx(run.alpha, rel=1e-15)
     for c, w in zip(model, weights, strict=True):
-        assert c.step == w.t
-        for ours, theirs in ((c.param, w.p), (c.exp_avg, w.m), (c.exp_avg_sq, w.v)):
+        assert c.hyperparameters["step"] == w.t
+        for ours, theirs in ((c.param, w.p), (c.moments[0], w.m), (c.moments[1], w.v)):
             expected = torch.tensor(theirs, dtype=torch.float64).reshape(c.param.shape)
             # some ten roundings of float64 a step, over six steps, of numbers near 1
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaadam_dist import counts, ownership, rule
-from alphaadam_dist.optimizer import AlphaAdam
+from alphaadam_dist import AlphaAdam, counts, ownership, rule
 from alphaadam_dist.shards import Shard
 from alphaadam_dist.zero import internals
 from tests.ranks import Ranks

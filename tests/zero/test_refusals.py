@@ -201,7 +201,7 @@ def unregistered(client: bool) -> None:
             patch.setattr(engine_class, name, getattr(method, "__wrapped__", method))
         patch.setattr(internals, "missing_names", lambda: ["deepspeed.runtime.engine.DeepSpeedEngine._x"])
         patch.delattr(torch.optim, "AlphaAdam")
-        attach.register()
+        attach.register(AlphaAdam)
         config = {**engine.config(2), "zero_allow_untested_optimizer": True}
         engine.start(Given(), config, {}, client, "AlphaAdam")
 
