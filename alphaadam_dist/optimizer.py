@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import kernels, options
 from .counts import INITIAL_STATE, Statistics
+from .kernels.reference import squared_norms
 from .ownership import Layout, Slot, build_layout, statistics_device
 from .shards import Shard, clean_name, cut, fsdp1
 from .shards.select import shards_of
@@ -52,7 +54,9 @@ class AlphaOptimizer(Optimizer):
             parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
         process_group: over which the model is sharded; by default all ranks, but FSDP1 and pipeline stages of plain
             tensors must be given it.
-        fused, capturable: for the kernels of a later version; only None and False are taken.
+        fused: True: the fast kernels, one pass over memory; False: the reference, in torch operations; None: the fast
+            ones for models of a million parameters and more, where they can be had (see :mod:`.kernels`).
+        capturable: for the kernels of a later version; only False is taken.
         maximize: ascend.
 
     Raises:
@@ -158,7 +162,7 @@ class AlphaOptimizer(Optimizer):
             group["betas"] = tuple(group["betas"])
 
     def _check_shared(self, group: Mapping[str, Any], where: str) -> None:
-        for name in options.SHARED:
+        for name in (*options.SHARED, "fused"):
             if group.get(name, self.defaults[name]) != self.defaults[name]:
                 raise ValueError(
                     f"{name}={group[name]!r} in {where} contradicts {name}={self.defaults[name]!r} of the optimizer: "
@@ -337,12 +341,17 @@ class AlphaOptimizer(Optimizer):
                 grads.append(grad)
                 whole = slot.whole and grad.numel() == momentum.numel()
                 momenta.append(momentum.view(grad.shape) if whole else momentum.view(-1)[start : start + grad.numel()])
-        if clip:
-            statistics.add_norms(tuple(slots), kernels.squared_norms(grads))
-            if threshold > 0:
-                statistics.reduce_norm()
-                scale = statistics.clip_coefficient()
-        statistics.add(tuple(slots), kernels.count(grads, momenta, threshold=threshold, scale=scale))
+        owned = tuple(slots)
+        if clip and threshold > 0:
+            statistics.add_norms(owned, squared_norms(grads))
+            statistics.reduce_norm()
+            scale = statistics.clip_coefficient()
+        counts, norms = self._kernels(grads).count(
+            grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0
+        )
+        if norms is not None:
+            statistics.add_norms(owned, norms)
+        statistics.add(owned, counts)
         statistics.reduce()
         self._counted = True
 
@@ -359,7 +368,7 @@ class AlphaOptimizer(Optimizer):
                 "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
                 "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
             )
-        coefficient = statistics.clip_coefficient()
+        scale = self._directed(statistics.clip_coefficient())
         for group in self.param_groups:
             slots: list[Slot] = []
             steps: list[float] = []
@@ -370,8 +379,6 @@ class AlphaOptimizer(Optimizer):
                 grad = self._gradient(param)
                 if grad is None:
                     continue
-                if coefficient is not None:
-                    grad = grad * coefficient.to(grad.device, grad.dtype)
                 state = self._state(param)
                 if self.counts_steps:
                     state["step"] = state["step"] + 1  # a new tensor: checkpoints may have made ranks of it share one
@@ -382,13 +389,14 @@ class AlphaOptimizer(Optimizer):
                         steps.append(float(state["step"]))
                     for into, tensor in zip((params, grads, *moments), tensors, strict=True):
                         into.append(tensor if slot.whole else tensor.view(-1)[slot.start : slot.start + slot.numel])
-            counts = kernels.update(
+            counts = self._kernels(params).update(
                 self.direction,
                 params,
                 grads,
                 moments,
                 strengths=statistics.strengths(tuple(slots)),
                 threshold=self.defaults["threshold"],
+                scale=scale,
                 counting=delayed,
                 steps=steps if self.counts_steps else None,
                 hyperparameters={name: group[name] for name in self.hyperparameters},
@@ -397,15 +405,25 @@ class AlphaOptimizer(Optimizer):
                 statistics.add(tuple(slots), counts)
 
     def _gradient(self, param: Tensor) -> Tensor | None:
-        """The local gradient, negated to maximize; None where there is none."""
+        """The local gradient; None where there is none."""
         grad = param.grad
         if grad is None:
             return None
         if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
             # as AdamW's operations would; kept, because the update reads what was counted
             param.grad = grad = grad.redistribute(placements=param.placements)
-        local = _local(grad)
-        return -local if self.defaults["maximize"] else local
+        return _local(grad)
+
+    def _directed(self, scale: Tensor | float | None) -> Tensor | float | None:
+        """What makes a gradient the true one: ``scale``, negative to maximize; None where it is that already."""
+        if not self.defaults["maximize"]:
+            return scale
+        return -1.0 if scale is None else -scale
+
+    def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
+        assert self._layout is not None
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return kernels.choose(self.defaults["fused"], device, self._layout.numel)
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state, created as torch's optimizers create it where there is none."""

@@ -61,7 +61,6 @@ def check_group(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any]) -
     for name, value in {"differentiable": False, **fixed}.items():
         if group.get(name, value) != value:
             raise ValueError(f"{name}={group[name]!r}: {kind} has no such option, remove it")
-    check_fused(group.get("fused"))
     for name in ("sharding", "process_group"):
         if name in group:
             raise ValueError(
@@ -123,10 +122,10 @@ def check_saved_groups(kind: str, state_dict: Mapping[str, Any], here: int, fixe
                 )
 
 
-def check_fused(fused: bool | None) -> None:
-    """Raises ValueError where fused kernels are asked for."""
-    if fused:
-        raise ValueError("fused=True: this version has the reference kernels only. Leave fused=None")
+def check_fused(fused: Any) -> None:
+    """Raises ValueError where it is neither None nor True or False."""
+    if fused is not None and not isinstance(fused, bool):
+        raise ValueError(f"fused={fused!r}: give None (the fast kernels where they pay), True or False")
 
 
 def refuse_zero_redundancy(kind: str) -> None:

@@ -1,8 +1,53 @@
 """The two passes over memory, as kernels: ``count`` reads (g, m), ``update`` writes the parameters and moments.
 
-``reference.py`` is the rule over lists of tensors in torch operations, for any device and dtype.
+``reference.py`` is the rule over lists of tensors in torch operations, for any device and dtype. ``cpu.py`` and
+``triton.py`` do the same in one pass over memory. All have the same two functions; :func:`choose` says whose to call.
 """
 
-from .reference import count, squared_norms, update
+from __future__ import annotations
 
-__all__ = ["count", "squared_norms", "update"]
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+
+from . import cpu, reference
+
+SMALL = 2**20
+"""Elements of a whole model below which the fast kernels are not chosen unasked: the reference is fast enough there,
+needs no compiler and has AdamW's bits. A model has this size under every sharding, so sharding changes no choice."""
+
+
+def choose(fused: bool | None, device: torch.device, elements: int) -> ModuleType:
+    """The kernels for tensors of a device.
+
+    Args:
+        fused: False: the reference; True: the fast ones; None: the fast ones where they can be had and the whole model
+            has ``SMALL`` elements or more.
+        elements: of the whole model.
+
+    Raises:
+        ValueError: ``fused`` is True, and there are no fast kernels here.
+    """
+    if fused is False or (fused is None and elements < SMALL):
+        return reference
+    problem = _problem(device.type)
+    if problem is None:
+        return cpu
+    if fused:
+        raise ValueError(f"fused=True, but {problem}. Or leave fused=None to go on with the reference kernels")
+    return reference
+
+
+@functools.cache
+def _problem(device_type: str) -> str | None:
+    """Why the fast kernels of a device can't be had, said once; None where they can."""
+    if device_type != "cpu":
+        return f"there are no fast kernels for {device_type}"
+    try:
+        cpu.load()
+    except cpu.Unavailable as error:
+        warnings.warn(f"going on with slower kernels, in torch operations: {error}", stacklevel=3)
+        return str(error)
+    return None

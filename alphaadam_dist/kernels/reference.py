@@ -15,23 +15,27 @@ from .. import rule
 
 
 def count(
-    grads: Sequence[Tensor], momenta: Sequence[Tensor], *, threshold: float, scale: Tensor | float | None
-) -> Tensor:
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    threshold: float,
+    scale: Tensor | float | None,
+    norms: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Agreeing and conflicting coordinates of each shard: int64 of shape (n, 2). Mutates nothing.
 
-    ``scale``, a number, a 0-dim tensor or None, makes ``grads`` true gradients where the threshold needs them: each is
-    converted to its moment's dtype and multiplied by it, the same float operations an unscaling in place would do.
+    Args:
+        scale: a number or 0-dim tensor that makes ``grads`` true gradients: each is converted to its moment's dtype
+            and multiplied by it, the same float operations an unscaling in place would do. None: they are.
+        norms: return the squared L2 norm of each gradient as given, too: float64 of shape (n,).
     """
     if not grads:
-        return torch.zeros((0, 2), dtype=torch.int64)
+        return torch.zeros((0, 2), dtype=torch.int64), torch.zeros(0, dtype=torch.float64) if norms else None
     rows = []
     for grad, momentum in zip(grads, momenta, strict=True):
-        if isinstance(scale, Tensor):
-            scale = scale.to(grad.device, momentum.dtype)  # as the update casts it
-        true_grad = grad if scale is None else grad.to(momentum.dtype) * scale
-        agree, conflict = rule.classify(true_grad, momentum, threshold)
+        agree, conflict = rule.classify(_true(grad, scale, momentum.dtype), momentum, threshold)
         rows.append(torch.stack((agree.sum(), conflict.sum())))
-    return torch.stack(rows)
+    return torch.stack(rows), squared_norms(grads) if norms else None
 
 
 def squared_norms(grads: Sequence[Tensor]) -> Tensor:
@@ -49,6 +53,7 @@ def update(
     *,
     strengths: Tensor,
     threshold: float,
+    scale: Tensor | float | None,
     counting: bool,
     steps: list[float] | None,
     hyperparameters: Mapping[str, Any],
@@ -59,12 +64,14 @@ def update(
         direction: of rule.py or of its kind.
         moments: a list for each state tensor that the direction takes, the momentum that makes the masks first.
         strengths: float64 of shape (n, 2): f where each shard agrees and where it conflicts.
+        scale: makes ``grads`` true gradients, as in :func:`count`.
         counting: return the counts of the masks used, as :func:`count` would have before the update.
         steps: t of each shard, this update counted, for a direction that takes it.
         hyperparameters: the direction's others, by name.
     """
     rows = []
-    for i, (param, grad, *own) in enumerate(zip(params, grads, *moments, strict=True)):
+    for i, (param, given, *own) in enumerate(zip(params, grads, *moments, strict=True)):
+        grad = _true(given, scale, given.dtype)
         agree, conflict = rule.classify(grad, own[0], threshold)
         f = rule.factor(agree, conflict, strengths[i, 0], strengths[i, 1], grad.dtype)
         step = {} if steps is None else {"step": steps[i]}
@@ -74,3 +81,10 @@ def update(
     if not counting:
         return None
     return torch.stack(rows) if rows else torch.zeros((0, 2), dtype=torch.int64)
+
+
+def _true(grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    """The true gradient in ``dtype``."""
+    if scale is None:
+        return grad
+    return grad.to(dtype) * (scale.to(grad.device, dtype) if isinstance(scale, Tensor) else scale)

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,19 +10,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from alphaadam_dist.cache import cache_dir
 from alphaadam_dist.training.corpus import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
 # Enough tokens for a steady held-out loss, few enough that evaluating ten times costs little.
 _HELD_OUT_BLOCKS = 128
-
-
-def cache_dir() -> Path:
-    """The folder for tokenizers and token blocks: `ALPHAADAM_CACHE`, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaadam-dist"
-    folder = Path(os.environ.get("ALPHAADAM_CACHE") or default)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def byte_level_bpe(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:

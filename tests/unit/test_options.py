@@ -49,7 +49,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     *[({"clip_norm": v}, f"clip_norm={v!r}", "more than 0") for v in (0, 0.0, -1.0, NAN, INF, "1")],
     ({"sync": "delayed", "scope": "layer"}, "sync='delayed' with scope='layer'", "scope='global'"),
     ({"sync": "delayed", "clip_norm": 1.0}, "sync='delayed' with clip_norm=1.0", "sync='exact'"),
-    ({"fused": True}, "fused=True", "fused=None"),
+    ({"fused": "yes"}, "fused='yes'", "None"),
     ({"capturable": True}, "capturable=True", "False"),
 ]
 
@@ -86,7 +86,8 @@ def test_bad_hyperparameters_of_a_group_are_refused_and_nothing_is_added(
         {"lr": 0}, {"lr": 1}, {"lr": torch.tensor(1e-3)}, {"lr": torch.tensor([1e-3])}, {"lr": np.float64(1e-3)},
         {"eps": 0}, {"weight_decay": 0}, {"betas": (0, 0)}, {"betas": [0.9, 0.999]},
         {"gamma": 0}, {"gamma": 1}, {"alpha_max": 1}, {"alpha_max": INF}, {"threshold": 10.0}, {"alpha_warmup": 100},
-        {"clip_norm": 1e-300}, {"fused": None}, {"fused": False}, {"capturable": False}, {"sharding": "replicated"},
+        {"clip_norm": 1e-300}, {"fused": None}, {"fused": False}, {"fused": True}, {"capturable": False},
+        {"sharding": "replicated"},
     ],
     ids=str,
 )  # fmt: skip

@@ -1,0 +1,373 @@
+// The CPU kernels: rule.py over lists of local shards, each pass once over memory.
+//
+// An element's result depends on its own values alone, never on its place or on the number of threads: every operation
+// is rounded by itself (-ffp-contract=off; the fused multiply-adds written out are those of torch's AdamW), so the
+// vector body and the scalar tail that the compiler makes of a loop give the same bits. Counts are integers. Squared
+// norms are summed over fixed pieces in a fixed order.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr int64_t kPiece = 1 << 14;    // elements a thread takes at a time
+constexpr int64_t kBlock = 1 << 10;    // of them, those converted from 16 bits at a time
+constexpr int64_t kAlone = 1 << 15;    // elements that one thread does faster than several
+constexpr int kLanes = 16;             // partial sums of a norm
+
+struct Piece {
+  int64_t tensor, begin, size;
+};
+
+std::vector<Piece> pieces_of(TensorList tensors) {
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    for (int64_t begin = 0, numel = tensors[i].numel(); begin < numel; begin += kPiece)
+      pieces.push_back({static_cast<int64_t>(i), begin, std::min(kPiece, numel - begin)});
+  return pieces;
+}
+
+// body(index, piece) for every piece, on torch's threads.
+template <typename Body>
+void for_each(TensorList tensors, const std::vector<Piece>& pieces, const Body& body) {
+  int64_t elements = 0;
+  for (const Tensor& tensor : tensors) elements += tensor.numel();
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  at::parallel_for(0, count, elements <= kAlone ? count : 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i, pieces[i]);
+  });
+}
+
+void widen(const at::BFloat16* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i].x) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+void widen(const at::Half* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+template <typename G, typename T>
+void widen(const G* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+// body(offset, gradient in T, n) over a piece, in blocks where the gradient is converted.
+template <typename T, typename G, typename Body>
+void with_gradient(const Tensor& grad, const Piece& piece, const Body& body) {
+  const G* g = grad.const_data_ptr<G>() + piece.begin;
+  if constexpr (std::is_same_v<G, T>) {
+    body(piece.begin, g, piece.size);
+  } else {
+    T block[kBlock];
+    for (int64_t at = 0; at < piece.size; at += kBlock) {
+      const int64_t n = std::min(kBlock, piece.size - at);
+      widen(g + at, block, n);
+      body(piece.begin + at, static_cast<const T*>(block), n);
+    }
+  }
+}
+
+// body.template operator()<T, G>() for the types of a moment and a gradient.
+template <typename Body>
+void typed(const Tensor& moment, const Tensor& grad, const Body& body) {
+  const auto with_grad = [&](auto zero) {
+    using T = decltype(zero);
+    switch (grad.scalar_type()) {
+      case at::kFloat: return body.template operator()<T, float>();
+      case at::kDouble: return body.template operator()<T, double>();
+      case at::kBFloat16: return body.template operator()<T, at::BFloat16>();
+      default: return body.template operator()<T, at::Half>();
+    }
+  };
+  moment.scalar_type() == at::kDouble ? with_grad(double()) : with_grad(float());
+}
+
+// ---- the rule, one coordinate at a time
+
+// Does the moment oppose the gradient? rule.classify, where the threshold is 0 and where it is not.
+template <bool kThreshold, typename T>
+inline bool opposes(T g, T m, T threshold) {
+  if constexpr (kThreshold) {
+    const T against = std::copysign(T(1), g) * m;
+    return (g != 0) & (against < -threshold * std::abs(g));
+  } else {
+    return ((g > 0) & (m < 0)) | ((g < 0) & (m > 0));
+  }
+}
+
+// a + weight (b - a) as torch's lerp computes it.
+template <typename T>
+inline T lerp(T a, T b, T weight) {
+  const bool small = weight < T(0.5);
+  return std::fma(small ? weight : weight - 1, b - a, small ? a : b);
+}
+
+// The directions: one parameter's numbers, and an update of one coordinate whose direction is multiplied by f.
+
+template <typename T>
+struct Adam {
+  static constexpr bool kSecondMoment = true;
+  T decay, keep, beta2, gain, root, eps, size;
+
+  Adam(double step, double lr, double weight_decay, double beta1, double beta2, double eps)
+      : decay(static_cast<T>(1 - lr * weight_decay)),
+        keep(static_cast<T>(1 - beta1)),
+        beta2(static_cast<T>(beta2)),
+        gain(static_cast<T>(1 - beta2)),
+        root(static_cast<T>(std::sqrt(1 - std::pow(beta2, step)))),
+        eps(static_cast<T>(eps)),
+        size(static_cast<T>(-(lr / (1 - std::pow(beta1, step))))) {}
+
+  void operator()(T& p, T g, T& m, T& v, T f) const {
+    m = lerp(m, g, keep);
+    v = std::fma(gain * g, g, v * beta2);
+    p = p * decay + size * (m * f) / (std::sqrt(v) / root + eps);
+  }
+};
+
+template <typename T>
+struct Lion {
+  static constexpr bool kSecondMoment = false;
+  T decay, ahead, keep, size;
+
+  Lion(double lr, double weight_decay, double beta1, double beta2)
+      : decay(static_cast<T>(1 - lr * weight_decay)),
+        ahead(static_cast<T>(1 - beta1)),
+        keep(static_cast<T>(1 - beta2)),
+        size(static_cast<T>(-lr)) {}
+
+  void operator()(T& p, T g, T& m, T&, T f) const {
+    const T between = lerp(m, g, ahead);
+    const T sign = static_cast<T>(between > 0) - static_cast<T>(between < 0);
+    p = std::fma(sign * f, size, p * decay);
+    m = lerp(m, g, keep);
+  }
+};
+
+template <typename T>
+struct Sgd {
+  static constexpr bool kSecondMoment = false;
+  T decay, momentum, size;
+  bool nesterov;
+
+  Sgd(double lr, double weight_decay, double momentum, bool nesterov)
+      : decay(static_cast<T>(1 - lr * weight_decay)),
+        momentum(static_cast<T>(momentum)),
+        size(static_cast<T>(-lr)),
+        nesterov(nesterov) {}
+
+  void operator()(T& p, T g, T& m, T&, T f) const {
+    m = m * momentum + g;
+    const T direction = nesterov ? std::fma(m, momentum, g) : m;
+    p = std::fma(direction * f, size, p * decay);
+  }
+};
+
+// ---- passes over one piece
+
+struct Counts {
+  int64_t agree = 0, conflict = 0;
+};
+
+template <bool kThreshold, typename T>
+Counts judge(const T* g, const T* m, int64_t n, T scale, T threshold) {
+  int32_t evidence = 0, conflict = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T grad = g[i] * scale;
+    evidence += grad != 0;
+    conflict += opposes<kThreshold>(grad, m[i], threshold);
+  }
+  return {evidence - conflict, conflict};
+}
+
+template <typename T>
+double squares(const T* g, int64_t n) {
+  double lanes[kLanes] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(g[i + lane]) * g[i + lane];
+  for (; i < n; ++i) lanes[0] += static_cast<double>(g[i]) * g[i];
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+// What decides and what multiplies a direction; a copy, so that the compiler sees that no store changes it.
+template <typename T>
+struct Mask {
+  T scale, threshold, agree, conflict;
+};
+
+template <bool kThreshold, typename T, typename Direction>
+Counts sweep(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v, int64_t n, const Mask<T> mask,
+             const Direction direction) {
+  int32_t evidence = 0, conflict = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T grad = g[i] * mask.scale;
+    const bool against = opposes<kThreshold>(grad, m[i], mask.threshold), any = grad != 0;
+    evidence += any;
+    conflict += against;
+    const T f = against ? mask.conflict : any ? mask.agree : T(1);
+    T param = p[i], first = m[i], second = 0;
+    if constexpr (Direction::kSecondMoment) second = v[i];
+    direction(param, grad, first, second, f);
+    p[i] = param;
+    m[i] = first;
+    if constexpr (Direction::kSecondMoment) v[i] = second;
+  }
+  return {evidence - conflict, conflict};
+}
+
+// ---- the operators
+
+Tensor sum_by_tensor(const std::vector<Piece>& pieces, const std::vector<Counts>& counted, size_t tensors) {
+  Tensor counts = at::zeros({static_cast<int64_t>(tensors), 2}, at::kLong);
+  int64_t* row = counts.mutable_data_ptr<int64_t>();
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    row[2 * pieces[i].tensor] += counted[i].agree;
+    row[2 * pieces[i].tensor + 1] += counted[i].conflict;
+  }
+  return counts;
+}
+
+// Counts (n, 2) and squared norms of the scaled gradients (n), or an empty tensor.
+std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms) {
+  const auto pieces = pieces_of(grads);
+  std::vector<Counts> counted(pieces.size());
+  std::vector<double> squared(norms ? pieces.size() : 0);
+  for_each(grads, pieces, [&](int64_t i, const Piece& piece) {
+    const Tensor &grad = grads[piece.tensor], &moment = moments[piece.tensor];
+    typed(moment, grad, [&]<typename T, typename G>() {
+      const T* m = moment.const_data_ptr<T>();
+      const T factor = static_cast<T>(scale), bound = static_cast<T>(threshold);
+      with_gradient<T, G>(grad, piece, [&](int64_t at, const T* g, int64_t n) {
+        const Counts some = threshold > 0 ? judge<true>(g, m + at, n, factor, bound)
+                                          : judge<false>(g, m + at, n, factor, bound);
+        counted[i].agree += some.agree;
+        counted[i].conflict += some.conflict;
+        if (norms) squared[i] += squares(g, n);
+      });
+    });
+  });
+  Tensor squared_norms = at::zeros({norms ? static_cast<int64_t>(grads.size()) : 0}, at::kDouble);
+  for (size_t i = 0; i < squared.size(); ++i)
+    squared_norms.mutable_data_ptr<double>()[pieces[i].tensor] += squared[i];
+  return {sum_by_tensor(pieces, counted, grads.size()), squared_norms};
+}
+
+// One update of tensors that share hyperparameters: for each its direction, made by `direct` for (T, index).
+template <typename Direct>
+Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList seconds, const Tensor& strengths,
+              double threshold, double scale, const Direct& direct) {
+  const auto pieces = pieces_of(params);
+  std::vector<Counts> counted(pieces.size());
+  const Tensor by_tensor = strengths.contiguous();
+  for_each(params, pieces, [&](int64_t i, const Piece& piece) {
+    const int64_t t = piece.tensor;
+    const double* f = by_tensor.const_data_ptr<double>() + 2 * t;
+    typed(firsts[t], grads[t], [&]<typename T, typename G>() {
+      const Mask<T> mask{static_cast<T>(scale), static_cast<T>(threshold), static_cast<T>(f[0]), static_cast<T>(f[1])};
+      const auto direction = direct.template operator()<T>(t);
+      T *p = params[t].mutable_data_ptr<T>(), *m = firsts[t].mutable_data_ptr<T>();
+      T* v = seconds.empty() ? nullptr : seconds[t].mutable_data_ptr<T>();
+      with_gradient<T, G>(grads[t], piece, [&](int64_t at, const T* g, int64_t n) {
+        const Counts some = threshold > 0 ? sweep<true>(p + at, g, m + at, v + at, n, mask, direction)
+                                          : sweep<false>(p + at, g, m + at, v + at, n, mask, direction);
+        counted[i].agree += some.agree;
+        counted[i].conflict += some.conflict;
+      });
+    });
+  });
+  for (const TensorList list : {params, firsts, seconds})
+    for (const Tensor& tensor : list)
+      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  return sum_by_tensor(pieces, counted, params.size());
+}
+
+Tensor adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,
+             double threshold, double scale, at::ArrayRef<double> steps, double lr, double beta1, double beta2,
+             double eps, double weight_decay) {
+  return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, [&]<typename T>(int64_t t) {
+    return Adam<T>(steps[t], lr, weight_decay, beta1, beta2, eps);
+  });
+}
+
+Tensor lion_(TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& strengths, double threshold,
+             double scale, double lr, double beta1, double beta2, double weight_decay) {
+  return update(params, grads, exp_avgs, {}, strengths, threshold, scale,
+                [&]<typename T>(int64_t) { return Lion<T>(lr, weight_decay, beta1, beta2); });
+}
+
+Tensor sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& strengths, double threshold,
+            double scale, double lr, double momentum, bool nesterov, double weight_decay) {
+  return update(params, grads, momentum_buffers, {}, strengths, threshold, scale,
+                [&]<typename T>(int64_t) { return Sgd<T>(lr, weight_decay, momentum, nesterov); });
+}
+
+// Can the passes read these tensors as flat memory? Lists of one length stand one after the other: gradients, then what
+// is of the state's own dtype.
+bool serves(TensorList tensors, int64_t lists) {
+  const size_t n = tensors.size() / lists;
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor& grad = tensors[i];
+    const auto type = grad.scalar_type(), own = tensors[i + n].scalar_type();
+    if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return false;
+    if (own != at::kFloat && own != at::kDouble) return false;
+    for (size_t at = i; at < tensors.size(); at += n) {
+      const Tensor& tensor = tensors[at];
+      if (!tensor.device().is_cpu() || tensor.numel() != grad.numel() || (at > i && tensor.scalar_type() != own))
+        return false;
+      if (!(tensor.is_contiguous() && grad.is_contiguous()) &&
+          !(tensor.is_non_overlapping_and_dense() && tensor.strides() == grad.strides()))
+        return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(alphaadam, library) {
+  library.def("serves(Tensor[] tensors, int lists) -> bool");
+  library.def("count(Tensor[] grads, Tensor[] moments, float threshold, float scale, bool norms) -> (Tensor, Tensor)");
+  library.def(
+      "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor strengths, "
+      "float threshold, float scale, float[] steps, float lr, float beta1, float beta2, float eps, float weight_decay)"
+      " -> Tensor");
+  library.def(
+      "lion_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor strengths, float threshold, "
+      "float scale, float lr, float beta1, float beta2, float weight_decay) -> Tensor");
+  library.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor strengths, float threshold, "
+      "float scale, float lr, float momentum, bool nesterov, float weight_decay) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(alphaadam, CPU, library) {
+  library.impl("count", &count);
+  library.impl("adam_", &adam_);
+  library.impl("lion_", &lion_);
+  library.impl("sgd_", &sgd_);
+}
+
+TORCH_LIBRARY_IMPL(alphaadam, CompositeExplicitAutograd, library) { library.impl("serves", &serves); }

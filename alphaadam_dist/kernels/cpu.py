@@ -1,0 +1,113 @@
+"""The CPU kernels: one pass over memory for each of the two acts, in C++ (cpu.cpp).
+
+They take fp32 and fp64 state with gradients in those or in 16 bits. Other lists, and directions that cpu.cpp does not
+have, go to the reference kernels. Against those, counts are equal and parameters bitwise equal but where torch's own
+sqrt is not the correctly rounded one (MKL's on AMD processors: off in the last bit for one number in five).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import rule
+from . import build, reference
+
+Unavailable = build.Unavailable
+DTYPES = (torch.float32, torch.float64)  # of the state
+
+
+@functools.cache
+def load() -> None:
+    """Make the kernels ready. Raises Unavailable where they can't be compiled."""
+    build.load()
+    # what torch.compile and FakeTensor need to know of the operators: the shapes that come out
+    torch.library.register_fake("alphaadam::count", _fake_count)
+    for operator, _ in _KERNELS.values():
+        torch.library.register_fake(f"alphaadam::{operator}", _fake_counts)
+
+
+def _fake_count(
+    grads: list[Tensor], momenta: list[Tensor], threshold: float, scale: float, norms: bool
+) -> tuple[Tensor, Tensor]:
+    squared_norms = torch.empty(len(grads) if norms else 0, dtype=torch.float64, device="cpu")
+    return _fake_counts(grads), squared_norms
+
+
+def _fake_counts(tensors: list[Tensor], *_: Any) -> Tensor:
+    return torch.empty((len(tensors), 2), dtype=torch.int64, device="cpu")
+
+
+def count(
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    threshold: float,
+    scale: Tensor | float | None,
+    norms: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`reference.count`, reading each tensor once, also for the norms."""
+    if not _serves(grads, momenta):
+        return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms)
+    counts, squared_norms = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms)
+    return counts, squared_norms if norms else None
+
+
+def update(
+    direction: Callable[..., None],
+    params: list[Tensor],
+    grads: list[Tensor],
+    moments: list[list[Tensor]],
+    *,
+    strengths: Tensor,
+    threshold: float,
+    scale: Tensor | float | None,
+    counting: bool,
+    steps: list[float] | None,
+    hyperparameters: Mapping[str, Any],
+) -> Tensor | None:
+    """As :func:`reference.update`, in one pass and without temporary tensors."""
+    kernel = _KERNELS.get(direction)
+    if kernel is None or not _serves(grads, params, *moments):
+        return reference.update(
+            direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
+            counting=counting, steps=steps, hyperparameters=hyperparameters,
+        )  # fmt: skip
+    operator, numbers = kernel
+    counts = getattr(torch.ops.alphaadam, operator)(
+        params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters)
+    )
+    return counts if counting else None
+
+
+def _adam(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
+    return steps, float(of["lr"]), *of["betas"], of["eps"], of["weight_decay"]
+
+
+def _lion(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
+    return float(of["lr"]), *of["betas"], of["weight_decay"]
+
+
+def _sgd(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
+    return float(of["lr"]), of["momentum"], of["nesterov"], of["weight_decay"]
+
+
+_KERNELS = {rule.adam_: ("adam_", _adam), rule.lion_: ("lion_", _lion), rule.sgd_: ("sgd_", _sgd)}
+"""For each direction of rule.py the operator, and its numbers in the order that the operator takes them."""
+
+
+def _number(scale: Tensor | float | None) -> float:
+    return 1.0 if scale is None else float(scale)
+
+
+def _serves(grads: Sequence[Tensor], *own: Sequence[Tensor]) -> bool:
+    if not grads:
+        return False  # torch cannot tell where an operator without a tensor belongs
+    flat = [*grads]
+    for tensors in own:
+        flat += tensors
+    return bool(torch.ops.alphaadam.serves(flat, 1 + len(own)))
