@@ -18,16 +18,15 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import kernels, options
 from .counts import INITIAL_STATE, Statistics
+from .gather import Gathered, Owned, gather, local, owned_pieces
 from .kernels.reference import squared_norms
-from .ownership import Layout, Slot, build_layout, statistics_device
-from .shards import Shard, clean_name, cut, fsdp1
+from .ownership import Layout, build_layout, statistics_device
+from .shards import Shard, clean_name, fsdp1
 from .shards.select import shards_of
 
 
@@ -286,12 +285,20 @@ class AlphaOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._driven:
-            self._update()
+            self._step_part()
             return loss
-        self.open_step(self._current_layout())
+        layout = self._current_layout()
+        self.open_step(layout)
+        held = [gather(group["params"], layout.slots, self.moments, self._state) for group in self.param_groups]
         if self.defaults["sync"] == "exact":
-            self._count_gradients()
-        self._update()
+            owned = [
+                (slot, grad, momentum)
+                for part in held
+                for slot, grad, momentum in zip(part.slots, part.grads, part.moments[0], strict=True)
+                if slot.owned
+            ]
+            self._count(owned, None)
+        self._update(held)
         self.close_step()
         return loss
 
@@ -326,93 +333,70 @@ class AlphaOptimizer(Optimizer):
                 the flattened local tensor. Scaled by any positive factor if the threshold is 0.
             scale: multiplies the gradients into true ones where the threshold needs that.
         """
-        layout, statistics = self._layout, self._statistics
+        layout = self._layout
         assert layout is not None
+        owned: list[Owned] = []
+        for param, pieces in gradients:
+            momentum = local(self._state(param)[self.moments[0]])
+            owned += owned_pieces(layout.slots[param], pieces, momentum)
+        self._count(owned, scale)
+
+    def _count(self, owned: Sequence[Owned], scale: Tensor | float | None) -> None:
+        """The first two acts, on all that this rank counts."""
+        statistics = self._statistics
         assert statistics is not None
         threshold = self.defaults["threshold"]
         clip = self.defaults["clip_norm"] is not None
-        slots: list[Slot] = []
-        grads: list[Tensor] = []
-        momenta: list[Tensor] = []
-        for param, pieces in gradients:
-            momentum = _local(self._state(param)[self.moments[0]])
-            for slot, start, grad in _owned_pieces(layout.slots[param], pieces):
-                slots.append(slot)
-                grads.append(grad)
-                whole = slot.whole and grad.numel() == momentum.numel()
-                momenta.append(momentum.view(grad.shape) if whole else momentum.view(-1)[start : start + grad.numel()])
-        owned = tuple(slots)
+        slots = tuple(slot for slot, _, _ in owned)
+        grads = [grad for _, grad, _ in owned]
         if clip and threshold > 0:
-            statistics.add_norms(owned, squared_norms(grads))
+            statistics.add_norms(slots, squared_norms(grads))
             statistics.reduce_norm()
             scale = statistics.clip_coefficient()
         counts, norms = self._kernels(grads).count(
-            grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0
+            grads,
+            [momentum for _, _, momentum in owned],
+            threshold=threshold,
+            scale=self._directed(scale),
+            norms=clip and threshold == 0,
         )
         if norms is not None:
-            statistics.add_norms(owned, norms)
-        statistics.add(owned, counts)
+            statistics.add_norms(slots, norms)
+        statistics.add(slots, counts)
         statistics.reduce()
         self._counted = True
 
-    def _count_gradients(self) -> None:
-        grads = [(param, self._gradient(param)) for group in self.param_groups for param in group["params"]]
-        self.count((param, [grad]) for param, grad in grads if grad is not None)
-
-    def _update(self) -> None:
-        """The third act, for the parameters that are in the groups now."""
-        delayed = self.defaults["sync"] == "delayed"
-        layout, statistics = self._layout, self._statistics
-        if layout is None or statistics is None or not (delayed or self._counted):
+    def _step_part(self) -> None:
+        """Update the part of the model that DeepSpeed has put into the groups."""
+        if self._layout is None or not (self.defaults["sync"] == "delayed" or self._counted):
             raise RuntimeError(
                 "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
                 "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
             )
+        slots = self._layout.slots
+        self._update([gather(group["params"], slots, self.moments, self._state) for group in self.param_groups])
+
+    def _update(self, held: Sequence[Gathered]) -> None:
+        """The third act, on what is held of each parameter group."""
+        statistics = self._statistics
+        assert statistics is not None
+        delayed = self.defaults["sync"] == "delayed"
         scale = self._directed(statistics.clip_coefficient())
-        for group in self.param_groups:
-            slots: list[Slot] = []
-            steps: list[float] = []
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            moments: list[list[Tensor]] = [[] for _ in self.moments]
-            for param in group["params"]:
-                grad = self._gradient(param)
-                if grad is None:
-                    continue
-                state = self._state(param)
-                if self.counts_steps:
-                    state["step"] = state["step"] + 1  # a new tensor: checkpoints may have made ranks of it share one
-                tensors = (_local(param), grad, *(_local(state[name]) for name in self.moments))
-                for slot in layout.slots[param]:
-                    slots.append(slot)
-                    if self.counts_steps:
-                        steps.append(float(state["step"]))
-                    for into, tensor in zip((params, grads, *moments), tensors, strict=True):
-                        into.append(tensor if slot.whole else tensor.view(-1)[slot.start : slot.start + slot.numel])
-            counts = self._kernels(params).update(
+        for group, part in zip(self.param_groups, held, strict=True):
+            counts = self._kernels(part.params).update(
                 self.direction,
-                params,
-                grads,
-                moments,
-                strengths=statistics.strengths(tuple(slots)),
+                part.params,
+                part.grads,
+                part.moments,
+                strengths=statistics.strengths(part.slots),
                 threshold=self.defaults["threshold"],
                 scale=scale,
                 counting=delayed,
-                steps=steps if self.counts_steps else None,
+                steps=part.advance_steps() if self.counts_steps else None,
                 hyperparameters={name: group[name] for name in self.hyperparameters},
             )
             if counts is not None:
-                statistics.add(tuple(slots), counts)
-
-    def _gradient(self, param: Tensor) -> Tensor | None:
-        """The local gradient; None where there is none."""
-        grad = param.grad
-        if grad is None:
-            return None
-        if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
-            # as AdamW's operations would; kept, because the update reads what was counted
-            param.grad = grad = grad.redistribute(placements=param.placements)
-        return _local(grad)
+                statistics.add(part.slots, counts)
 
     def _directed(self, scale: Tensor | float | None) -> Tensor | float | None:
         """What makes a gradient the true one: ``scale``, negative to maximize; None where it is that already."""
@@ -452,7 +436,7 @@ class AlphaOptimizer(Optimizer):
         return build_layout(
             params,
             held,
-            [_local(param).numel() for param in params],
+            [local(param).numel() for param in params],
             scope=self.defaults["scope"],
             group=group,
             device=statistics_device(params, group),
@@ -476,17 +460,3 @@ class AlphaOptimizer(Optimizer):
             return None
         group = self.process_group or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local = tensor.to_local()
-    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
-
-
-def _owned_pieces(slots: Sequence[Slot], pieces: Sequence[Tensor]) -> Iterable[tuple[Slot, int, Tensor]]:
-    """(slot, start, gradient) for the pieces of a gradient along the slots that this rank counts."""
-    if len(pieces) == 1 and len(slots) == 1 and slots[0].whole:
-        return [(slots[0], 0, pieces[0])] if slots[0].owned else []
-    return cut(pieces, [(slot.start, slot.numel, slot) for slot in slots if slot.owned])

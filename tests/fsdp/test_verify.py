@@ -73,9 +73,9 @@ def everything_counts_twice(patch: pytest.MonkeyPatch) -> None:
 def a_collective_more(patch: pytest.MonkeyPatch) -> None:
     step = optimizer.AlphaOptimizer._update
 
-    def with_barrier(self: Any) -> None:
+    def with_barrier(self: Any, held: Any) -> None:
         dist.all_reduce(torch.zeros(1))
-        step(self)
+        step(self, held)
 
     patch.setattr(optimizer.AlphaOptimizer, "_update", with_barrier)
 
