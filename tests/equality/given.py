@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layer": {"scope": "layer", "gamma": 0.2},
     }.items()
     for threshold in (0.0, 0.1)
-}
+} | {"fast": {"fused": True, "gamma": 0.1, "threshold": 0.05}}
 
 
 def mesh(**shape: int) -> DeviceMesh:

@@ -75,6 +75,13 @@ def test_two_ranks_equal_one_process(ranks2: Ranks, mode: str, options: dict[str
     assert alphas[0] != alphas[-1], "alpha never moved: the test would show nothing"
 
 
+@pytest.mark.parametrize("mode", ["zero1", "zero2-offload", "zero2-bf16", "zero3-sub-groups"])
+@pytest.mark.parametrize("options", [OPTIONS["delayed"], OPTIONS["threshold"]], ids=["delayed", "threshold"])
+def test_on_the_fast_kernels(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:
+    options = {**options, "fused": True}
+    assert_equal(ranks2.run(engine.given, MODES[mode], options), engine.given_alone(options, dtype=dtype_of(mode)))
+
+
 @pytest.mark.parametrize("mode", ["zero0", "zero2", "zero3-sub-groups", "zero2-bf16"])
 @pytest.mark.parametrize("options", [OPTIONS["exact"], OPTIONS["layer"]], ids=["exact", "layer"])
 def test_named_in_the_json(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:

@@ -1,0 +1,316 @@
+"""The CPU kernels against the rule: equal counts, and bits that differ only where torch's own sqrt rounds otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, kernels, rule
+from alphaadam_dist.kernels import build, cpu, reference
+
+DIRECTIONS: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "adam": (rule.adam_, 2, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}),
+    "adam-slow-beta": (rule.adam_, 2, {"lr": 1e-2, "betas": (0.3, 0.9), "eps": 1e-6, "weight_decay": 0.0}),
+    "lion": (rule.lion_, 1, {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}),
+    "sgd": (rule.sgd_, 1, {"lr": 1e-2, "momentum": 0.9, "nesterov": False, "weight_decay": 0.1}),
+    "nesterov": (rule.sgd_, 1, {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}),
+}
+AWKWARD = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-42, -1e-42, 1e-20, 3e38, -3e38]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    cpu.load()
+
+
+def awkward(count: int, generator: torch.Generator, dtype: torch.dtype, special: float) -> Tensor:
+    """Normal numbers, of which about the share ``special`` is replaced by zeros, denormals, infinities and NaN."""
+    values = torch.randn(count, generator=generator, dtype=torch.float64)
+    chosen = torch.randint(len(AWKWARD), (count,), generator=generator)
+    return torch.where(
+        torch.rand(count, generator=generator) < special, torch.tensor(AWKWARD, dtype=torch.float64)[chosen], values
+    ).to(dtype)
+
+
+def placed(values: Tensor, offset: int) -> Tensor:
+    """The same values at an address that vectors don't like."""
+    return torch.cat((torch.zeros(offset, dtype=values.dtype), values))[offset:]
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def case(
+    direction: str, sizes: list[int], seed: int, dtype: torch.dtype, special: float, offset: int
+) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensors() -> list[Tensor]:
+        return [placed(awkward(size, generator, dtype, special), offset) for size in sizes]
+
+    moments = [tensors() for _ in range(DIRECTIONS[direction][1])]
+    if len(moments) > 1:
+        moments[1] = [second.abs() for second in moments[1]]
+    return tensors(), tensors(), moments
+
+
+sizes = st.lists(st.sampled_from([0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 100, 1023, 1024, 1025, 16384, 40001]), max_size=5)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    direction=st.sampled_from(sorted(DIRECTIONS)), sizes=sizes, seed=st.integers(0, 10**6),
+    dtype=st.sampled_from(cpu.DTYPES), special=st.sampled_from([0.0, 0.05, 0.6]), offset=st.integers(0, 5),
+    threshold=st.sampled_from([0.0, 0.1, 1.0]), scale=st.sampled_from([None, -1.0, 0.37, torch.tensor(0.37)]),
+)  # fmt: skip
+def test_update(
+    direction: str, sizes: list[int], seed: int, dtype: torch.dtype, special: float, offset: int, threshold: float,
+    scale: Any,
+) -> None:  # fmt: skip
+    function, _, hyperparameters = DIRECTIONS[direction]
+    params, grads, moments = case(direction, sizes, seed, dtype, special, offset)
+    params_before = [p.clone() for p in params]
+    expected_params, expected_moments = [p.clone() for p in params], [[m.clone() for m in ms] for ms in moments]
+    options: dict[str, Any] = {
+        "strengths": torch.tensor([[1.0 + i, 0.25] for i in range(len(sizes))], dtype=torch.float64).reshape(-1, 2),
+        "threshold": threshold, "scale": scale, "counting": True, "hyperparameters": hyperparameters,
+        "steps": [1.0 + 9 * i for i in range(len(sizes))] if "adam" in direction else None,
+    }  # fmt: skip
+    expected = reference.update(function, expected_params, grads, expected_moments, **options)
+    counts = cpu.update(function, params, grads, moments, **options)
+    assert counts is not None
+    assert torch.equal(counts, expected)
+    for ours, theirs in zip([m for ms in moments for m in ms], [m for ms in expected_moments for m in ms], strict=True):
+        assert same(ours, theirs).all()
+    for before, ours, theirs in zip(params_before, params, expected_params, strict=True):
+        if "adam" not in direction:
+            assert same(ours, theirs).all()
+        else:
+            # torch's sqrt may be off by a unit in the last place, and with it the quotient that is added
+            rounding = 4 * torch.finfo(dtype).eps * (before.abs() + theirs.abs())
+            assert (same(ours, theirs) | ((ours - theirs).abs() <= rounding)).all()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    sizes=sizes, seed=st.integers(0, 10**6), dtype=st.sampled_from(cpu.DTYPES),
+    grad_dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    special=st.sampled_from([0.0, 0.05, 0.6]), offset=st.integers(0, 5), threshold=st.sampled_from([0.0, 0.1]),
+    scale=st.sampled_from([None, -1.0, 2.0**-16, torch.tensor(0.37)]),
+)  # fmt: skip
+def test_count(
+    sizes: list[int], seed: int, dtype: torch.dtype, grad_dtype: torch.dtype, special: float, offset: int,
+    threshold: float, scale: Any,
+) -> None:  # fmt: skip
+    _, grads, moments = case("lion", sizes, seed, dtype, special, offset)
+    grads = [placed(grad.to(grad_dtype), offset) for grad in grads]
+    expected, expected_norms = reference.count(grads, moments[0], threshold=threshold, scale=scale, norms=True)
+    counts, norms = cpu.count(grads, moments[0], threshold=threshold, scale=scale, norms=True)
+    assert torch.equal(counts, expected)
+    assert norms is not None
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-12, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_no_bit_depends_on_the_place_or_the_threads(direction: str, threads: int) -> None:
+    """A tensor, and the same cut into pieces that start anywhere."""
+    function, _, hyperparameters = DIRECTIONS[direction]
+    whole = case(direction, [100_003], 3, torch.float32, 0.05, 0)
+    bounds = [0, 1, 18, 5000, 5017, 60_001, 100_003]
+
+    def cut(tensor: Tensor) -> list[Tensor]:
+        return [placed(tensor[a:b].clone(), a % 7) for a, b in itertools.pairwise(bounds)]
+
+    pieces = [cut(whole[0][0]), cut(whole[1][0]), [cut(ms[0]) for ms in whole[2]]]
+    before = torch.get_num_threads()
+    counts = []
+    for params, grads, moments, used in ((*whole, 1), (*pieces, threads)):
+        torch.set_num_threads(used)
+        strengths = torch.tensor([[1.9, 0.1]], dtype=torch.float64).expand(len(params), 2)
+        steps = [7.0] * len(params) if "adam" in direction else None
+        counted = cpu.update(
+            function, params, grads, moments, strengths=strengths, threshold=0.1, scale=0.7, counting=True,
+            steps=steps, hyperparameters=hyperparameters,
+        )  # fmt: skip
+        counts.append(counted)
+    torch.set_num_threads(before)
+    assert torch.equal(counts[0].sum(0), counts[1].sum(0))
+    assert same(whole[0][0], torch.cat(pieces[0])).all()
+    for ours, theirs in zip(whole[2], pieces[2], strict=True):
+        assert same(ours[0], torch.cat(theirs)).all()
+
+
+def test_norms_do_not_depend_on_the_threads() -> None:
+    grads = [torch.randn(50_000, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    before, seen = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        seen.append(cpu.count(grads, grads, threshold=0.0, scale=None, norms=True)[1].tolist())
+    torch.set_num_threads(before)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_dense_strides_are_flat_memory_and_others_go_to_the_reference() -> None:
+    """A transposed matrix is one run of memory; a slice of columns is not."""
+    for build_tensor in (lambda: torch.randn(6, 5).t(), lambda: torch.randn(5, 9)[:, :6]):
+        torch.manual_seed(0)
+        params, grads, momenta = ([build_tensor()] for _ in range(3))
+        expected = [[t.clone(memory_format=torch.preserve_format) for t in ts] for ts in (params, momenta)]
+        options: dict[str, Any] = {
+            "strengths": torch.tensor([[2.0, 0.0]], dtype=torch.float64), "threshold": 0.0, "scale": None,
+            "counting": True, "steps": None, "hyperparameters": DIRECTIONS["lion"][2],
+        }  # fmt: skip
+        reference.update(rule.lion_, expected[0], grads, [expected[1]], **options)
+        cpu.update(rule.lion_, params, grads, [momenta], **options)
+        assert torch.equal(params[0], expected[0][0])
+        assert torch.equal(momenta[0], expected[1][0])
+
+
+def test_fake_tensors_get_shapes() -> None:
+    with FakeTensorMode():
+        tensors = [torch.empty(3), torch.empty(5)]
+        counts, norms = torch.ops.alphaadam.count(tensors, tensors, 0.0, 1.0, True)
+        assert counts.shape == (2, 2)
+        assert norms.shape == (2,)
+        strengths = torch.empty((2, 2), dtype=torch.float64)
+        assert torch.ops.alphaadam.lion_(tensors, tensors, tensors, strengths, 0.0, 1.0, 0.1, 0.9, 0.9, 0.0).shape == (
+            2,
+            2,
+        )
+
+
+def test_torch_compile_sees_the_operators() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def counted(grad: Tensor, momentum: Tensor) -> Tensor:
+        return torch.ops.alphaadam.count([grad * 2], [momentum], 0.0, 1.0, False)[0].sum(0)
+
+    grad = torch.tensor([1.0, -1.0, 0.0, 2.0])
+    assert counted(grad, torch.tensor([1.0, 1.0, 1.0, 0.0])).tolist() == [2, 1]
+
+
+def test_a_changed_parameter_cannot_be_used_backwards() -> None:
+    """autograd must see that the kernel wrote to what it had saved."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    loss = (weight * weight).sum()
+    weight.grad = torch.ones(3)
+    AlphaAdam([weight], fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- the optimizers on them
+
+
+@pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"scope": "layer", "gamma": 0.2}, {"threshold": 0.1},
+                                     {"clip_norm": 1.0}, {"clip_norm": 1.0, "threshold": 0.1},
+                                     {"maximize": True, "alpha_warmup": 3}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", [AlphaAdam, AlphaLion, AlphaSGD])
+def test_the_optimizers_step_as_on_the_reference(kind: type, options: dict[str, Any]) -> None:
+    runs = []
+    for fused in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((67, 8), (9,), (1,))]
+        named = [(str(i), param) for i, param in enumerate(params)]
+        optimizer = kind(named, lr=1e-2, weight_decay=0.1, fused=fused, **options)
+        seen = []
+        for step in range(8):
+            for i, param in enumerate(params):
+                param.grad = None if (step + i) % 5 == 4 else torch.randn(param.shape, generator=generator)
+            optimizer.step()
+            seen.append((optimizer.alpha, optimizer.agreement))
+        runs.append((seen, params))
+    assert runs[0][0] == runs[1][0]
+    for ours, theirs in zip(runs[0][1], runs[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+# ---- which kernels, and where they come from
+
+
+def test_who_steps_what() -> None:
+    device = torch.device("cpu")
+    assert kernels.choose(False, device, 10**9) is reference
+    assert kernels.choose(None, device, kernels.SMALL - 1) is reference
+    assert kernels.choose(None, device, kernels.SMALL) is cpu
+    assert kernels.choose(True, device, 1) is cpu
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """As in a process that has not asked for the kernels yet."""
+    for function in (kernels._problem, cpu.load, build.load):
+        function.cache_clear()
+    yield
+    kernels._problem.cache_clear()
+
+
+def test_without_a_compiler_the_reference_goes_on_after_one_warning(
+    forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALPHAADAM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler 'no-such-compiler': install g\\+\\+, or set CXX") as seen:
+        assert kernels.choose(None, torch.device("cpu"), kernels.SMALL) is reference
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.choose(None, torch.device("cpu"), kernels.SMALL) is reference
+    with pytest.raises(ValueError, match=r"fused=True, but there is no C\+\+ compiler"):
+        kernels.choose(True, torch.device("cpu"), 1)
+
+
+def test_a_failed_compilation_says_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALPHAADAM_CACHE", str(tmp_path))
+    with pytest.raises(build.Unavailable, match="-march=nothing"):
+        build.library(["-march=nothing"])
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["lock"], "a failed build leaves nothing behind"
+
+
+def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALPHAADAM_CACHE", str(tmp_path))
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o777)
+    with pytest.raises(build.Unavailable, match="writable by others: chmod go-w"):
+        build.library(build.MACHINE_FLAGS)
+    (tmp_path / "kernels").chmod(0o700)
+    tmp_path.chmod(0o770)
+    with pytest.raises(build.Unavailable, match="ALPHAADAM_CACHE"):
+        build.library(build.MACHINE_FLAGS)
+
+
+_BITS = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+p, g, m, v = (torch.randn(40_003, generator=generator) for _ in range(4))
+v = v.abs()
+strengths = torch.tensor([[1.9, 0.1]], dtype=torch.float64)
+counts = torch.ops.alphaadam.adam_([p], [g], [m], [v], strengths, 0.1, 0.7, [3.0], 0.01, 0.9, 0.999, 1e-8, 0.1)
+print(counts.tolist(), *(int(t.view(torch.int32).long().sum()) for t in (p, m, v)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86-64 processors")
+def test_processors_of_several_kinds_give_the_same_bits() -> None:
+    """Nodes of a cluster need not be alike: AVX2 and what this processor has, each compiled as if it were all."""
+    printed = set()
+    for flags in (build.MACHINE_FLAGS, ["-march=haswell"]):
+        line = [sys.executable, "-c", _BITS, str(build.library(flags))]
+        printed.add(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    assert len(printed) == 1
