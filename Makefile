@@ -1,6 +1,7 @@
 # Each target installs what it needs first; a second run does not reinstall.
 #   make train                  the main job: AlphaAdam and AdamW side by side, on this machine
 #   make train ARGS=--resume    go on after an interruption
+#   make bench                  what a step costs, beside AdamW and its peers
 #   make test | test-fast | test-older | test-torchtitan | test-nvme | lint | setup
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -17,7 +18,7 @@ TITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1 torchdat
     docstring_parser==0.18.0 typeguard==4.6.0
 TITAN_IN := .torchtitan
 
-.PHONY: setup train test test-fast test-older test-torchtitan test-nvme lint
+.PHONY: setup train bench test test-fast test-older test-torchtitan test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -30,6 +31,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 train: setup
 	$(BIN)/alphaadam train $(ARGS)
+
+bench: setup
+	$(BIN)/alphaadam bench $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -175,6 +175,41 @@ def verify() -> None:
         raise _failure(str(error)) from None
 
 
+@app.command()
+def bench(
+    size: Annotated[
+        list[int] | None, typer.Option(help="Elements of the flat tensor, in Mi; may be repeated.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns that each contestant takes.")] = 15,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("benchmarks/results"),
+) -> None:
+    """Measure what a step costs, beside AdamW and its peers, in one run on the same tensors.
+
+    Needs a clone of the repository, where the peers are.
+
+    [bold]Examples[/bold]
+
+      alphaadam bench
+
+      alphaadam bench --size 32 --rounds 9
+    """
+    import torch
+
+    try:
+        from benchmarks import step_time
+    except ImportError as error:
+        raise _failure(f"{error}: run it in a clone of the repository, after `make setup`") from None
+    if rounds < 1 or any(each < 1 for each in size or ()):
+        raise _failure(f"--rounds is {rounds}, --size is {size}: they must be 1 or more")
+    if not out.is_dir():
+        raise _failure(f"--out is {out}: there is no such folder; make it, or choose another")
+    found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    step_time.run(size or step_time.SIZES, rounds, torch.device(found), out)
+
+
 def _failure(message: str) -> typer.Exit:
     Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(1)

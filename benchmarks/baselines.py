@@ -139,7 +139,7 @@ class _MaskControl(_AdamW):
             state["step"] += 1
             f = rule.factor(agree, conflict, alpha, alpha.new_zeros(()), param.dtype)
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            rule.update_(param, grad, state["exp_avg"], state["exp_avg_sq"], f, step=state["step"], **options)
+            rule.adam_(param, grad, state["exp_avg"], state["exp_avg_sq"], f, step=state["step"], **options)
 
     def _mask(self, masks: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """(agree, conflict) of every parameter, and alpha as a 0-dim float64 tensor, from AlphaAdam's own masks."""

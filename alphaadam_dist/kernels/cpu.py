@@ -1,9 +1,9 @@
 """The CPU kernels: one pass over memory for each of the two acts, in C++ (cpu.cpp).
 
 They take fp32 and fp64 state with gradients in those or in 16 bits. Other lists, and directions that cpu.cpp does not
-have, go to the reference kernels. Against those, counts are equal, and parameters bitwise equal except where torch's own
-sqrt is not the correctly rounded one (MKL's, on AMD processors, is off in the last bit for one number in five): there
-they are within four units in the last place of what is added.
+have, go to the reference kernels. Against those, counts are equal, and parameters bitwise equal except where torch's
+own sqrt is not the correctly rounded one (MKL's, on AMD processors, is off in the last bit for one number in five):
+there they are within four units in the last place of what is added.
 """
 
 from __future__ import annotations

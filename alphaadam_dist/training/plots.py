@@ -14,39 +14,39 @@ from matplotlib.ticker import MaxNLocator
 from alphaadam_dist.training.metrics import Entry
 
 _COLORS = {"AlphaAdam": "#d1495b", "AdamW": "#30638e"}
-_INK = "#2b2d42"
-_GREY = "#5c677d"
-_STYLE: dict[Any, Any] = {
+INK = "#2b2d42"
+GREY = "#5c677d"
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "axes.edgecolor": "#8d99ae",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
-    "axes.titlecolor": _INK,
+    "axes.titlecolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#edf0f5",
     "grid.linewidth": 1.0,
     "axes.axisbelow": True,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
     "legend.frameon": False,
 }
 
 
 def plot_run(logs: dict[str, list[Entry]], subtitle: str, path: Path) -> None:
     """Draw the logs of one or two optimizers (name -> entries) into a PNG."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
         grid = figure.add_gridspec(2, 2, width_ratios=[1.75, 1])
         losses = figure.add_subplot(grid[:, 0])
         alpha = figure.add_subplot(grid[0, 1])
         agreement = figure.add_subplot(grid[1, 1], sharex=alpha)
         figure.suptitle(
-            f"{' and '.join(logs)}: {subtitle}", x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK
+            f"{' and '.join(logs)}: {subtitle}", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK
         )
         _draw_losses(losses, logs)
         _draw_series(alpha, logs["AlphaAdam"], "alpha", "boost of the agreeing coordinates")
@@ -86,4 +86,4 @@ def _draw_series(axes: Axes, entries: list[Entry], key: str, meaning: str) -> No
     axes.plot(*zip(*points, strict=True), color=_COLORS["AlphaAdam"], linewidth=1.6)
     axes.set_title(key)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(meaning, loc="right", fontsize=9, fontweight="normal", color=_GREY)
+    axes.set_title(meaning, loc="right", fontsize=9, fontweight="normal", color=GREY)
