@@ -1,8 +1,13 @@
 """Fixtures: pools of ranks, made once a session."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
 from .ranks import Ranks
 

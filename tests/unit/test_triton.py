@@ -1,0 +1,135 @@
+"""The GPU kernels against the rule: on a GPU where there is one, else through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alphaadam_dist import rule
+from alphaadam_dist.kernels import cpu, reference
+
+from .test_kernels import DIRECTIONS, case, placed, same, sizes
+
+kernels = pytest.importorskip("alphaadam_dist.kernels.triton", reason="Triton is not installed")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def here(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies on the device that lie there as unaligned as they did."""
+    return [placed(tensor.to(DEVICE), tensor.storage_offset()) for tensor in tensors]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    direction=st.sampled_from(sorted(DIRECTIONS)), sizes=sizes, seed=st.integers(0, 10**6),
+    dtype=st.sampled_from(cpu.DTYPES), special=st.sampled_from([0.0, 0.05, 0.6]), offset=st.sampled_from([0, 1, 3]),
+    threshold=st.sampled_from([0.0, 0.1]), scale=st.sampled_from([None, -1.0, torch.tensor(0.37)]),
+)  # fmt: skip
+def test_update(
+    direction: str, sizes: list[int], seed: int, dtype: torch.dtype, special: float, offset: int, threshold: float,
+    scale: Any,
+) -> None:  # fmt: skip
+    function, _, hyperparameters = DIRECTIONS[direction]
+    params, grads, moments = case(direction, sizes, seed, dtype, special, offset)
+    ours_params, ours_grads, ours_moments = here(params), here(grads), [here(each) for each in moments]
+    before = [p.clone() for p in params]
+    options: dict[str, Any] = {
+        "strengths": torch.tensor([[1.0 + i, 0.25] for i in range(len(sizes))], dtype=torch.float64).reshape(-1, 2),
+        "threshold": threshold, "scale": scale, "counting": True, "hyperparameters": hyperparameters,
+        "steps": [1.0 + 9 * i for i in range(len(sizes))] if "adam" in direction else None,
+    }  # fmt: skip
+    expected = reference.update(function, params, grads, moments, **options)
+    counts = kernels.update(function, ours_params, ours_grads, ours_moments, **options)
+    assert counts is not None
+    assert torch.equal(counts.cpu(), expected)
+    if special:  # the interpreter's fused multiply-add is not fused, so these may overflow in another place
+        return
+    rounding = 4 * torch.finfo(dtype).eps
+    for ours, theirs in zip([m for ms in ours_moments for m in ms], [m for ms in moments for m in ms], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=rounding, atol=rounding)
+    for start, ours, theirs in zip(before, ours_params, params, strict=True):
+        near = (ours.cpu() - theirs).abs() <= rounding * (start.abs() + theirs.abs() + 0.02)
+        assert (same(ours.cpu(), theirs) | near).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=sizes, seed=st.integers(0, 10**6), dtype=st.sampled_from(cpu.DTYPES),
+    grad_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    special=st.sampled_from([0.0, 0.05, 0.6]), offset=st.sampled_from([0, 1, 3]),
+    threshold=st.sampled_from([0.0, 0.1]), scale=st.sampled_from([None, -1.0, 2.0**-16, torch.tensor(0.37)]),
+)  # fmt: skip
+def test_count(
+    sizes: list[int], seed: int, dtype: torch.dtype, grad_dtype: torch.dtype, special: float, offset: int,
+    threshold: float, scale: Any,
+) -> None:  # fmt: skip
+    _, grads, (momenta,) = case("lion", sizes, seed, dtype, special, offset)
+    grads = [grad.to(grad_dtype) for grad in grads]
+    expected, expected_norms = reference.count(grads, momenta, threshold=threshold, scale=scale, norms=True)
+    counts, norms = kernels.count(here(grads), here(momenta), threshold=threshold, scale=scale, norms=True)
+    assert torch.equal(counts.cpu(), expected)
+    assert norms is not None
+    torch.testing.assert_close(norms.cpu(), expected_norms, rtol=1e-12, atol=0.0, equal_nan=True)
+
+
+def test_a_list_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 small tensors cost what one does."""
+    launches = []
+    kernel = kernels._update
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(kernels, "_update", Counted())
+    params, grads, momenta = ([torch.ones(5, device=DEVICE) for _ in range(300)] for _ in range(3))
+    strengths = torch.ones((300, 2), dtype=torch.float64, device=DEVICE)
+    kernels.update(
+        rule.lion_, params, grads, [momenta], strengths=strengths, threshold=0.0, scale=None, counting=False,
+        steps=None, hyperparameters=DIRECTIONS["lion"][2],
+    )  # fmt: skip
+    assert launches == [(300,)]
+    assert all(param[0] < 1 for param in params)
+
+
+_COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from alphaadam_dist.kernels import triton as kernels
+
+tables = {"work": "*i64", "table": "*i64", "numels": "*i64", "tensors": "i32", "scale": "*fp64", "threshold": "*fp64"}
+for T, G in (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64")):
+    of_type = {"fp32": kernels.tl.float32, "bf16": kernels.tl.bfloat16, "fp64": kernels.tl.float64}
+    constants = {"T": of_type[T], "G": of_type[G], "SCALE": True, "THRESHOLD": True, "ALIGNED": True,
+                 "CHUNK": kernels.CHUNK, "BLOCK": kernels.BLOCK}
+    jobs = [(kernels._count, {**tables, "counts": "*i64", "squares": "*fp64"}, {**constants, "NORMS": True})]
+    for direction in range(3):
+        signature = {**tables, "strengths": "*fp64", "strengths_stride": "i32", "numbers": "*fp64", "counts": "*i64"}
+        jobs.append((kernels._update, signature, {**constants, "DIRECTION": direction, "NESTEROV": True,
+                                                  "COLUMNS": 7, "COUNTING": True}))
+    for kernel, signature, constexprs in jobs:
+        signature = {**signature, **{name: "constexpr" for name in constexprs}}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+        print(kernel.fn.__name__, T, G, len(made.asm["cubin"]) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
+    """Triton brings its own assembler, so this needs no GPU; the interpreter takes what the compiler refuses."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("True") == 12
