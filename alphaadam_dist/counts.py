@@ -85,7 +85,7 @@ class Statistics:
             self._squared_norm = self._buffer[-1]
         counts = self._counts(self._buffer)
         alpha = self._alpha_of(counts)
-        self._alpha = torch.where(counts.sum() > 0, alpha, self._alpha)
+        self._alpha.copy_(torch.where(counts.sum() > 0, alpha, self._alpha))
         self._remember(counts, alpha[0] if self.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0])
 
     def close(self) -> None:
@@ -148,4 +148,5 @@ class Statistics:
         """Make a step that had evidence the last one; a step without any changes nothing."""
         total = counts.view(-1, 2).sum(0)
         after = torch.stack((self._applied, alpha, total[0], total[1]))
-        self._memory = torch.where(total.sum() > 0, after, self._memory)
+        # in place: a CUDA graph goes on from what the last replay left here
+        self._memory.copy_(torch.where(total.sum() > 0, after, self._memory))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
@@ -27,8 +28,11 @@ class Gathered:
     moments: list[list[Tensor]]
     states: list[dict[str, Any]]
 
-    def advance_steps(self) -> list[float]:
-        """Count an update of every parameter; t of each slot."""
+    def advance_steps(self, capturable: bool) -> list[float] | Tensor:
+        """Count an update of every parameter; t of each slot, on its device if ``capturable``."""
+        if capturable and self.states:
+            torch._foreach_add_([state["step"] for state in {id(state): state for state in self.states}.values()], 1.0)
+            return torch.stack([state["step"] for state in self.states])
         steps: list[float] = []
         last: dict[str, Any] | None = None
         for state in self.states:

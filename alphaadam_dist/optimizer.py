@@ -55,7 +55,8 @@ class AlphaOptimizer(Optimizer):
             tensors must be given it.
         fused: True: the fast kernels, one pass over memory; False: the reference, in torch operations; None: the fast
             ones for models of a million parameters and more, where they can be had (see :mod:`.kernels`).
-        capturable: for the kernels of a later version; only False is taken.
+        capturable: a CUDA graph may hold the step: nothing in it waits for the device, ``step`` lies there too. Needs
+            fp32 or fp64 parameters on a GPU, and sync="exact". Give lr as a tensor to change it between replays.
         maximize: ascend.
 
     Raises:
@@ -147,6 +148,11 @@ class AlphaOptimizer(Optimizer):
                     raise ValueError(
                         f"a parameter has dtype {param.dtype}: {type(self).__name__} takes real floating point"
                     )
+                if group["capturable"] and param.device.type not in options.CAPTURABLE:
+                    raise ValueError(
+                        f"capturable=True with a parameter on {param.device}: it takes parameters on a GPU. Move the "
+                        "model there before building the optimizer, or leave capturable=False"
+                    )
             for name, param in self._named_parameters(len(self.param_groups) - 1):
                 self._shards_of(name, param)  # for its errors
         except ValueError:
@@ -195,7 +201,8 @@ class AlphaOptimizer(Optimizer):
             for param in group["params"]:
                 held = self.state.get(param)
                 if held and "step" in held:
-                    held["step"] = torch.as_tensor(held["step"], dtype=torch.float32, device="cpu")
+                    device = param.device if self.defaults["capturable"] else "cpu"
+                    held["step"] = torch.as_tensor(held["step"], dtype=torch.float32, device=device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer's or of torch's counterpart. Raises ValueError where it does not fit."""
@@ -392,7 +399,7 @@ class AlphaOptimizer(Optimizer):
                 threshold=self.defaults["threshold"],
                 scale=scale,
                 counting=delayed,
-                steps=part.advance_steps() if self.counts_steps else None,
+                steps=part.advance_steps(self.defaults["capturable"]) if self.counts_steps else None,
                 hyperparameters={name: group[name] for name in self.hyperparameters},
             )
             if counts is not None:
@@ -407,14 +414,16 @@ class AlphaOptimizer(Optimizer):
     def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
         assert self._layout is not None
         device = tensors[0].device if tensors else torch.device("cpu")
-        return kernels.choose(self.defaults["fused"], device, self._layout.numel)
+        fused = True if self.defaults["capturable"] else self.defaults["fused"]
+        return kernels.choose(fused, device, self._layout.numel)
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state, created as torch's optimizers create it where there is none."""
         state = self.state[param]
         if len(state) == 0:  # DeepSpeed leaves empty dicts behind
             if self.counts_steps:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                device = param.device if self.defaults["capturable"] else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for name in self.moments:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state

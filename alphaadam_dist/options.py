@@ -11,6 +11,9 @@ from typing import Any, TypedDict
 import torch.distributed as dist
 from torch import Tensor
 
+CAPTURABLE = ("cuda",)
+"""Devices whose steps a graph can hold."""
+
 SHARED = ("gamma", "alpha_max", "threshold", "alpha_warmup", "scope", "sync", "clip_norm", "maximize", "capturable")
 """Options of the whole optimizer: equal in every parameter group, and the constructor's win over a checkpoint's."""
 
@@ -101,8 +104,15 @@ def check_shared(options: Mapping[str, Any]) -> None:
             f"sync='delayed' with clip_norm={options['clip_norm']!r}: clipping needs this step's norm before the "
             "update, which is the all-reduce that delayed avoids. Use sync='exact', or clip before step()"
         )
-    if options["capturable"]:
-        raise ValueError("capturable=True needs the GPU kernels, which this version does not have: leave it False")
+    if not isinstance(options["capturable"], bool):
+        raise ValueError(f"capturable={options['capturable']!r}: give True or False")
+    if options["capturable"] and options["sync"] == "delayed":
+        raise ValueError(
+            "capturable=True with sync='delayed': a CUDA graph cannot await the all-reduce of the step before. Use "
+            "sync='exact'"
+        )
+    if options["capturable"] and options["fused"] is False:
+        raise ValueError("capturable=True with fused=False: only the fast kernels can be captured, leave fused=None")
 
 
 def check_saved_groups(kind: str, state_dict: Mapping[str, Any], here: int, fixed: Mapping[str, Any]) -> None:

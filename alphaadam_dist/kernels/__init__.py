@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -34,7 +36,7 @@ def choose(fused: bool | None, device: torch.device, elements: int) -> ModuleTyp
         return reference
     problem = _problem(device.type)
     if problem is None:
-        return cpu
+        return cpu if device.type == "cpu" else importlib.import_module(".triton", __name__)
     if fused:
         raise ValueError(f"fused=True, but {problem}. Or leave fused=None to go on with the reference kernels")
     return reference
@@ -43,11 +45,18 @@ def choose(fused: bool | None, device: torch.device, elements: int) -> ModuleTyp
 @functools.cache
 def _problem(device_type: str) -> str | None:
     """Why the fast kernels of a device can't be had, said once; None where they can."""
+    if device_type == "cuda" and find_spec("triton") is not None:
+        return None
     if device_type != "cpu":
-        return f"there are no fast kernels for {device_type}"
+        missing = "Triton is not installed" if device_type == "cuda" else f"there are none for {device_type}"
+        return _warned(f"{missing}: use CUDA with `pip install triton`")
     try:
         cpu.load()
     except cpu.Unavailable as error:
-        warnings.warn(f"going on with slower kernels, in torch operations: {error}", stacklevel=3)
-        return str(error)
+        return _warned(str(error))
     return None
+
+
+def _warned(problem: str) -> str:
+    warnings.warn(f"going on with slower kernels, in torch operations: {problem}", stacklevel=4)
+    return problem

@@ -244,14 +244,15 @@ def _adam(steps: Any, of: Mapping[str, Any]) -> list[Column]:
         size: Column = -lr / (1 - beta1**t)
         root: Column = (1 - beta2**t).sqrt()
     else:
-        size = [-(float(lr) / (1 - beta1**t)) for t in steps]
+        lr = float(lr)
+        size = [-(lr / (1 - beta1**t)) for t in steps]
         root = [(1 - beta2**t) ** 0.5 for t in steps]
     return [1 - lr * of["weight_decay"], size, root, 1 - beta1, beta2, 1 - beta2, of["eps"]]
 
 
 def _lion(steps: Any, of: Mapping[str, Any]) -> list[Column]:
-    beta1, beta2 = of["betas"]
-    return [1 - of["lr"] * of["weight_decay"], -of["lr"], 1 - beta1, 1 - beta2]
+    (beta1, beta2), lr = of["betas"], of["lr"]
+    return [1 - lr * of["weight_decay"], -lr, 1 - beta1, 1 - beta2]
 
 
 def _sgd(steps: Any, of: Mapping[str, Any]) -> list[Column]:
@@ -264,16 +265,12 @@ _KERNELS = {rule.adam_: (_ADAM, _adam), rule.lion_: (_LION, _lion), rule.sgd_: (
 
 def _columns(columns: list[Column], rows: int, device: torch.device) -> Tensor:
     """The numbers of every tensor, float64 (rows, columns) on the device."""
-    if not any(isinstance(column, Tensor) for column in columns):
-        by_column = [column if isinstance(column, list) else [column] * rows for column in columns]
-        return _sent(torch.tensor(by_column, dtype=torch.float64).t().contiguous(), device)
-    tensors = [
-        column.to(device, torch.float64) if isinstance(column, Tensor) else _sent(
-            torch.tensor(column, dtype=torch.float64), device
-        )
-        for column in columns
-    ]  # fmt: skip
-    return torch.stack([column.reshape(-1).expand(rows) for column in tensors], dim=1)
+    if any(isinstance(column, Tensor) for column in columns):
+        tensors = [_scalar(column, device).double() for column in columns if not isinstance(column, list)]
+        assert len(tensors) == len(columns)
+        return torch.stack([tensor.reshape(-1).expand(rows) for tensor in tensors], dim=1)
+    by_column = [column if isinstance(column, list) else [column] * rows for column in columns]
+    return _sent(torch.tensor(by_column, dtype=torch.float64).t().contiguous(), device)
 
 
 @dataclass(frozen=True)
@@ -297,6 +294,11 @@ def _launch(lists: Sequence[Sequence[Tensor]]) -> _Launch:
     numels = [tensor.numel() for tensor in lists[0]]
     key = (len(lists), *pointers, *numels)
     if key not in _launches:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and gradients lie elsewhere than in the steps before it: take a step "
+                "before the capture and keep the gradients, with zero_grad(set_to_none=False)"
+            )
         if len(_launches) >= 64:  # gradients that are freed between steps come to lie elsewhere
             _launches.clear()
         device = lists[0][0].device

@@ -50,7 +50,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"sync": "delayed", "scope": "layer"}, "sync='delayed' with scope='layer'", "scope='global'"),
     ({"sync": "delayed", "clip_norm": 1.0}, "sync='delayed' with clip_norm=1.0", "sync='exact'"),
     ({"fused": "yes"}, "fused='yes'", "None"),
-    ({"capturable": True}, "capturable=True", "False"),
+    ({"capturable": True}, "capturable=True", "a GPU"),
+    ({"capturable": 1}, "capturable=1", "True or False"),
+    ({"capturable": True, "sync": "delayed"}, "capturable=True", "sync='exact'"),
+    ({"capturable": True, "fused": False}, "fused=False", "fused=None"),
 ]
 
 

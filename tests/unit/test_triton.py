@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from alphaadam_dist import rule
+from alphaadam_dist import AlphaAdam, rule
+from alphaadam_dist import kernels as choice
+from alphaadam_dist import options as options_module
 from alphaadam_dist.kernels import cpu, reference
 
 from .test_kernels import DIRECTIONS, case, placed, same, sizes
@@ -100,6 +104,69 @@ def test_a_list_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert launches == [(300,)]
     assert all(param[0] < 1 for param in params)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host reads a tensor's value."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the step waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def run(options: dict[str, Any], lr: float | Tensor, watched: bool) -> tuple[list[Tensor], list[float], Any]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in ((33, 5), (7,))]
+    optimizer = AlphaAdam([("a", params[0]), ("b", params[1])], lr=lr, weight_decay=0.1, **options)
+    for step in range(6):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
+        with NoWaiting() if watched and step else contextlib.nullcontext():
+            optimizer.step()
+    return params, optimizer.state_dict()["param_groups"][0]["alphaadam_state"], optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha_warmup": 9}, {"scope": "layer"}, {"clip_norm": 1.0}, {"threshold": 0.1, "maximize": True}],
+    ids=str,
+)
+def test_a_capturable_step_never_waits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options_module, "CAPTURABLE", (DEVICE.type,))
+    monkeypatch.setattr(choice, "choose", lambda fused, device, elements: kernels if fused else reference)
+    expected, state, _ = run({**options, "fused": False}, 1e-2, watched=False)
+    params, ours, optimizer = run({**options, "capturable": True}, torch.tensor(1e-2, device=DEVICE), watched=True)
+    assert ours == state
+    for param, theirs in zip(params, expected, strict=True):
+        torch.testing.assert_close(param, theirs, rtol=1e-6, atol=1e-7)
+        held = optimizer.state[param]["step"]
+        assert (held.device.type, float(held)) == (DEVICE.type, 6)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="only a GPU has CUDA graphs")
+def test_a_cuda_graph_replays_the_step() -> None:
+    runs = []
+    for graphed in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in ((33, 5), (7,))]
+        gradients = [[torch.randn(p.shape, generator=generator).to(DEVICE) for p in params] for _ in range(8)]
+        optimizer = AlphaAdam(params, lr=1e-2, alpha_warmup=20, capturable=True)
+        graph = torch.cuda.CUDAGraph()
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        for step, given_now in enumerate(gradients):
+            for param, gradient in zip(params, given_now, strict=True):
+                param.grad.copy_(gradient)
+            if graphed and step == 3:
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            if graphed and step >= 3:
+                graph.replay()
+            else:
+                optimizer.step()
+        runs.append((params, optimizer.state_dict()["param_groups"][0]["alphaadam_state"]))
+    assert runs[0][1] == runs[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
 
 
 _COMPILE = """
