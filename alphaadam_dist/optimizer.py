@@ -211,7 +211,9 @@ class AlphaOptimizer(Optimizer):
 
     def check_saved(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError where a saved state is not one of this optimizer's with equally many parameter groups."""
-        options.check_saved_groups(type(self).__name__, state_dict, len(self.param_groups), self.fixed)
+        options.check_saved(type(self).__name__, state_dict, len(self.param_groups), self.fixed, self.moments)
+        for group in state_dict["param_groups"]:
+            self.check_hyperparameters({**self.defaults, **group})
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises."""

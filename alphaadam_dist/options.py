@@ -115,8 +115,13 @@ def check_shared(options: Mapping[str, Any]) -> None:
         raise ValueError("capturable=True with fused=False: only the fast kernels can be captured, leave fused=None")
 
 
-def check_saved_groups(kind: str, state_dict: Mapping[str, Any], here: int, fixed: Mapping[str, Any]) -> None:
-    """Raise ValueError where an optimizer of ``here`` parameter groups cannot go on with a saved state."""
+def check_saved(
+    kind: str, state_dict: Mapping[str, Any], here: int, fixed: Mapping[str, Any], moments: Iterable[str]
+) -> None:
+    """Raise ValueError where an optimizer of ``here`` parameter groups cannot go on with a saved state.
+
+    A universal checkpoint of DeepSpeed keeps the moments elsewhere: a state of none of them is no mistake.
+    """
     saved = len(state_dict["param_groups"])
     if saved != here:
         raise ValueError(
@@ -130,6 +135,13 @@ def check_saved_groups(kind: str, state_dict: Mapping[str, Any], here: int, fixe
                     f"the checkpoint has {name}={group[name]!r}, which {kind} does not have: load it into the "
                     "optimizer that wrote it"
                 )
+    for state in state_dict["state"].values():
+        names = set(state) - {"step"}
+        if names and names != set(moments):
+            raise ValueError(
+                f"the checkpoint has {', '.join(sorted(names))} of a parameter, where {kind} keeps "
+                f"{', '.join(moments)}: it was written by another optimizer. Load it there, or begin without its state"
+            )
 
 
 def check_fused(fused: Any) -> None:

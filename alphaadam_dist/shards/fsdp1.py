@@ -55,7 +55,7 @@ def missing_names() -> list[str]:
 
 def _moved(missing: list[str]) -> RuntimeError:
     return RuntimeError(
-        f"torch {torch.__version__} no longer has {', '.join(missing)}, by which AlphaAdam tells FSDP1's shards from "
+        f"torch {torch.__version__} no longer has {', '.join(missing)}, by which FSDP1's shards are told from "
         f"whole parameters. Install a tested version (torch=={' or '.join(TESTED_VERSIONS)}), shard with FSDP2 "
         "(torch.distributed.fsdp.fully_shard), or give sharding='replicated' if no parameter is sharded by FSDP1"
     )
@@ -87,8 +87,8 @@ def shards(param: Tensor, key: str, rank: int | None) -> list[Shard]:
     if rank is None:
         raise ValueError(
             f"parameter {key!r} (shape {tuple(param.shape)}) is a shard of FSDP1 (FullyShardedDataParallel), and "
-            "process_group=None: give AlphaAdam(..., process_group=) the group over which FSDP1 shards, "
-            "dist.group.WORLD unless you gave FSDP1 another, model.process_group under HYBRID_SHARD"
+            "process_group=None: give the optimizer process_group=, the group over which FSDP1 "
+            "shards: dist.group.WORLD unless you gave FSDP1 another, model.process_group under HYBRID_SHARD"
         )
     if getattr(param, MARKS["flat"], False):
         return _of_flat(param, key)

@@ -30,7 +30,7 @@ def shards_of(param: Tensor, key: str, *, named: bool, sharding: str, group: dis
     if group is not None and not named:
         raise ValueError(
             f"process_group={group!r} with plain tensors that have no names: on another pipeline stage {key!r} may be "
-            "another parameter. Give AlphaAdam model.named_parameters()"
+            "another parameter. Give the optimizer model.named_parameters()"
         )
     return plain.shards(param, key)
 

@@ -88,8 +88,8 @@ def missing_names() -> list[str]:
 def moved(missing: Sequence[str]) -> RuntimeError:
     """The error for names that are not where the tested versions have them."""
     return RuntimeError(
-        f"AlphaAdam cannot run under DeepSpeed {deepspeed.__version__}: it no longer has {', '.join(missing)}, through "
-        f"which the whole model is counted. Install a tested version (deepspeed=={' or '.join(TESTED_VERSIONS)})"
+        f"alphaadam_dist cannot run under DeepSpeed {deepspeed.__version__}: it no longer has {', '.join(missing)}, "
+        f"through which the model is counted. Install a tested version (deepspeed=={' or '.join(TESTED_VERSIONS)})"
     )
 
 

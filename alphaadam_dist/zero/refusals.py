@@ -96,7 +96,7 @@ def refuse_swapped(optimizer: Optimizer) -> None:
     """Raise ValueError for an optimizer that somebody built from the parameter groups of one of ours in its place."""
     if any("alphaadam_state" in group for group in optimizer.param_groups):
         raise ValueError(
-            f"AlphaAdam was replaced by {type(optimizer).__name__} on its way to DeepSpeed: Accelerate does that to an "
-            'optimizer object under offload_optimizer. Set "zero_force_ds_cpu_optimizer": false in the DeepSpeed '
+            f"the optimizer was replaced by {type(optimizer).__name__} on its way to DeepSpeed: Accelerate does that "
+            'to an optimizer object under offload_optimizer. Set "zero_force_ds_cpu_optimizer": false in the DeepSpeed '
             'config, or name the optimizer there: "optimizer": {"type": "AlphaAdam", ...}'
         )

@@ -16,8 +16,8 @@ from tests.zero import engine
 pytestmark = pytest.mark.slow
 
 STEPS, SAVED_AFTER = 8, 4
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    f"{mode}-{name}": (config, options)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    f"{mode}-{name}": (config, options, "AlphaAdam")
     for mode, config in {
         "zero0": engine.config(0),
         "zero1": engine.config(1),
@@ -33,11 +33,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "layer": {"scope": "layer"},
     }.items()
 }
+CASES |= {
+    "zero2-lion": (engine.config(2), {"alpha_warmup": 6, "lr": 1e-3}, "AlphaLion"),
+    "zero3-offload-lion": (engine.config(3, offload=True), {"sync": "delayed", "lr": 1e-3}, "AlphaLion"),
+    "zero2-bf16-sgd": (engine.config(2, "bf16"), {"sync": "delayed"}, "AlphaSGD"),
+    "zero3-sgd": (engine.config(3, sub_group_size=4000), {"alpha_warmup": 6, "nesterov": True}, "AlphaSGD"),
+}
 
 
 def run(case: str, folder: str, *, save: bool = False, load: bool = False) -> dict[str, Any]:
-    ds_config, options = CASES[case]
-    started = engine.start(tiny_llama(seed=1 if load else 0), ds_config, options, client=True, optimizer="AlphaAdam")
+    ds_config, options, optimizer = CASES[case]
+    started = engine.start(tiny_llama(seed=1 if load else 0), ds_config, options, client=True, optimizer=optimizer)
     if load:
         path, _ = started.load_checkpoint(folder, tag=case)
         assert path is not None

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from alphaadam_dist import AlphaAdam
+from alphaadam_dist.optimizer import AlphaOptimizer
 from tests.models import Given, given_gradients
 
 from .. import threads
@@ -152,15 +153,17 @@ def mixed_precision(model: FSDPModule) -> bool:
     return model._get_fsdp_state()._mp_policy.param_dtype is not None
 
 
-def observe(optimizer: AlphaAdam) -> tuple[Any, dict[str, float]]:
+def observe(optimizer: AlphaOptimizer) -> tuple[Any, dict[str, float]]:
     return optimizer.alpha, optimizer.agreement
 
 
-def run(regime: str, options: dict[str, Any], steps: int = 10, seed: int = 1) -> dict[str, Any]:
+def run(
+    regime: str, options: dict[str, Any], steps: int = 10, seed: int = 1, kind: type[AlphaOptimizer] = AlphaAdam
+) -> dict[str, Any]:
     """On a rank: steps with given gradients; alphas, counts, collectives and what the rank then holds."""
     _, shard, extra = REGIMES[regime]
     model = shard(Given())
-    optimizer = AlphaAdam(model.named_parameters(), **{"lr": LR, "weight_decay": 0.1, **options, **extra()})
+    optimizer = kind(model.named_parameters(), **{"lr": LR, "weight_decay": 0.1, **options, **extra()})
     seen, collectives = [], []
     for gradients in given_gradients(steps, seed):
         give(model, gradients)

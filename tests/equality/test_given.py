@@ -8,19 +8,25 @@ from typing import Any
 import pytest
 import torch
 
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
+from alphaadam_dist.optimizer import AlphaOptimizer
+
 from .. import threads
+from ..family import AlphaSignum
 from . import given, pieces
+
+FAMILY: dict[str, type[AlphaOptimizer]] = {"lion": AlphaLion, "sgd": AlphaSGD, "signum": AlphaSignum}
 
 
 @cache
-def alone(setting: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    (result,) = threads.run(1, given.run, "plain", given.SETTINGS[setting])
+def alone(setting: str, kind: type[AlphaOptimizer] = AlphaAdam) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    (result,) = threads.run(1, given.run, "plain", given.SETTINGS[setting], kind=kind)
     return result["seen"], pieces.assemble([result["params"]], given.SHAPES)
 
 
-def assert_equal(ranks: list[dict[str, Any]], setting: str) -> None:
+def assert_equal(ranks: list[dict[str, Any]], setting: str, kind: type[AlphaOptimizer] = AlphaAdam) -> None:
     """Counts, alphas and parameters are one process's, bit for bit; a rank may know a part of the layers' names."""
-    seen, params = alone(setting)
+    seen, params = alone(setting, kind)
     for rank, result in enumerate(ranks):
         for step, ((alpha, counts), (alpha_alone, counts_alone)) in enumerate(zip(result["seen"], seen, strict=True)):
             assert counts == counts_alone, f"counts differ on rank {rank} at step {step}"
@@ -42,6 +48,15 @@ def test_given_gradients(regime: str, setting: str) -> None:
     expected = [] if regime in given.REPLICATED else ["AllReduce"]
     for result in ranks:
         assert result["collectives"][1:] == [expected] * 9, "more than one collective a step"
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("regime", given.REGIMES)
+def test_the_family(regime: str, kind: str) -> None:
+    """The other optimizers in every regime, each with the setting that falls to it."""
+    setting = list(given.SETTINGS)[(list(given.REGIMES).index(regime) + list(FAMILY).index(kind)) % len(given.SETTINGS)]
+    ranks = threads.run(given.REGIMES[regime][0], given.run, regime, given.SETTINGS[setting], kind=FAMILY[kind])
+    assert_equal(ranks, setting, FAMILY[kind])
 
 
 def test_alpha_moves_and_settings_differ() -> None:

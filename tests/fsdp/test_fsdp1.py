@@ -36,7 +36,7 @@ def without_a_group(original: bool) -> str:
 def test_a_missing_process_group_is_refused_at_construction(original: bool) -> None:
     for message in threads.run(2, without_a_group, original):
         assert "is a shard of FSDP1" in message
-        assert "process_group=None: give AlphaAdam(..., process_group=)" in message
+        assert "process_group=None: give the optimizer process_group=" in message
 
 
 def wrapped_after_construction() -> str:

@@ -1,4 +1,4 @@
-"""The definition of AlphaAdam in plain Python floats, a coordinate at a time.
+"""The definition of AlphaAdam, AlphaLion and AlphaSGD in plain Python floats, a coordinate at a time.
 
 Written from the formulas of the design, sharing nothing with the library: no tensors, no vectorised masks, and the
 conflict test exactly as it is printed, as a product.
@@ -18,11 +18,29 @@ class Weights:
     m: list[float] = field(default_factory=list)
     v: list[float] = field(default_factory=list)
     t: int = 0
+    kind: str = "adam"
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 1e-2
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def direction(self, i: int, g: float) -> float:
+        """d of one coordinate, its moments updated."""
+        m = self.m[i]
+        if self.kind == "lion":
+            u = self.beta1 * m + (1 - self.beta1) * g
+            self.m[i] = self.beta2 * m + (1 - self.beta2) * g
+            return (u > 0) - (u < 0)
+        if self.kind == "sgd":
+            self.m[i] = self.momentum * m + g
+            return g + self.momentum * self.m[i] if self.nesterov else self.m[i]
+        self.m[i] = m + (1 - self.beta1) * (g - m)
+        self.v[i] = self.beta2 * self.v[i] + (1 - self.beta2) * g * g
+        corrected = math.sqrt(self.v[i]) / math.sqrt(1 - self.beta2**self.t) + self.eps
+        return self.m[i] / (1 - self.beta1**self.t) / corrected
 
     def __post_init__(self) -> None:
         self.m = self.m or [0.0] * len(self.p)
@@ -84,10 +102,7 @@ class Run:
             w.t += 1
             for i, g in enumerate(grad):
                 w.p[i] *= 1 - w.lr * w.weight_decay
-                w.m[i] = w.m[i] + (1 - w.beta1) * (g - w.m[i])
-                w.v[i] = w.beta2 * w.v[i] + (1 - w.beta2) * g * g
-                denominator = math.sqrt(w.v[i]) / math.sqrt(1 - w.beta2**w.t) + w.eps
-                w.p[i] -= (w.lr / (1 - w.beta1**w.t)) * (f[mark[i]] * w.m[i]) / denominator
+                w.p[i] -= w.lr * f[mark[i]] * w.direction(i, g)
 
         if A + C > 0:
             self.T += 1

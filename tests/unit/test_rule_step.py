@@ -266,6 +266,7 @@ def test_a_step_without_evidence_leaves_the_memory(sync: str) -> None:
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     scope, sync = draw(st.sampled_from([("global", "exact"), ("layer", "exact"), ("global", "delayed")]))
     return {
+        "kind": draw(st.sampled_from(["adam", "lion", "sgd"])),
         "shapes": draw(st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)),
         "seed": draw(st.integers(0, 2**32)),
         "steps": draw(st.integers(1, 6)),
@@ -284,7 +285,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(problems())
 def test_the_naive_implementation_agrees(problem: dict[str, Any]) -> None:
     # Values come from a seed, not from hypothesis: its round numbers would sit on the boundary of a threshold, where
@@ -294,12 +295,20 @@ def test_the_naive_implementation_agrees(problem: dict[str, Any]) -> None:
     weights: list[naive.Weights] = []
     for shape in problem["shapes"]:
         start = [chance.gauss(0, 1) for _ in range(math.prod(shape))]
-        lr, eps, decay = 10 ** chance.uniform(-4, -1), 10 ** chance.uniform(-9, -4), chance.choice([0.0, 0.1])
-        beta1, beta2 = chance.choice([0.0, 0.5, 0.9]), chance.choice([0.9, 0.999])
         param = torch.tensor(start, dtype=torch.float64).reshape(shape)
-        hyper: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": decay}
-        model += coordinates([param], **hyper)
-        weights.append(naive.Weights(start, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay))
+        lr, decay = 10 ** chance.uniform(-4, -1), chance.choice([0.0, 0.1])
+        beta1, beta2 = chance.choice([0.0, 0.5, 0.9]), chance.choice([0.9, 0.999])
+        hyper: dict[str, Any] = {"lr": lr, "weight_decay": decay}
+        if problem["kind"] == "adam":
+            own: dict[str, Any] = {"betas": (beta1, beta2), "eps": 10 ** chance.uniform(-9, -4), "step": 0.0}
+        elif problem["kind"] == "lion":
+            own = {"betas": (beta1, beta2)}
+        else:
+            own = {"momentum": chance.choice([0.5, 0.9]), "nesterov": chance.random() < 0.5}
+        moments = [torch.zeros_like(param) for _ in range(2 if problem["kind"] == "adam" else 1)]
+        model.append(rule.Coordinates(param.clone(), moments, {**hyper, **own}))
+        plain = {name: value for name, value in own.items() if name not in ("betas", "step")}
+        weights.append(naive.Weights(start, kind=problem["kind"], beta1=beta1, beta2=beta2, **hyper, **plain))
     run, memory = naive.Run(weights, **problem["options"]), rule.Memory()
 
     for _ in range(problem["steps"]):
@@ -314,13 +323,13 @@ def test_the_naive_implementation_agrees(problem: dict[str, Any]) -> None:
             None if g is None else torch.tensor(g, dtype=torch.float64).reshape(shape)
             for g, shape in zip(grads, problem["shapes"], strict=True)
         ]
-        rule.step_(model, given_, memory, **problem["options"])
+        rule.step_(model, given_, memory, getattr(rule, f"{problem['kind']}_"), **problem["options"])
 
     assert (memory.applied, memory.agree, memory.conflict) == (run.T, run.A, run.C)
     assert memory.alpha == pytest.approx(run.alpha, rel=1e-15)
     for c, w in zip(model, weights, strict=True):
-        assert c.hyperparameters["step"] == w.t
-        for ours, theirs in ((c.param, w.p), (c.moments[0], w.m), (c.moments[1], w.v)):
+        assert c.hyperparameters.get("step", w.t) == w.t
+        for ours, theirs in zip((c.param, *c.moments), (w.p, w.m, w.v), strict=False):
             expected = torch.tensor(theirs, dtype=torch.float64).reshape(c.param.shape)
             # some ten roundings of float64 a step, over six steps, of numbers near 1
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)

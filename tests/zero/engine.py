@@ -12,8 +12,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-import alphaadam_dist  # noqa: F401  registers AlphaAdam with DeepSpeed
+import alphaadam_dist  # registers its optimizers with DeepSpeed
 from alphaadam_dist import AlphaAdam
+from alphaadam_dist.optimizer import AlphaOptimizer
 from tests.models import Given, decay_groups, given_gradients, tiny_llama, token_batches
 
 LR = 1e-2
@@ -49,10 +50,9 @@ def start(model: nn.Module, ds_config: dict[str, Any], options: dict[str, Any], 
     ds_config = copy.deepcopy(ds_config)
     params: Any = None
     if client:
-        kind = AlphaAdam if optimizer == "AlphaAdam" else torch.optim.AdamW
-        params = {"optimizer": kind(decay_groups(model), **options)}
+        params = {"optimizer": getattr(alphaadam_dist, optimizer, torch.optim.AdamW)(decay_groups(model), **options)}
     else:
-        extra = {} if optimizer == "AlphaAdam" else {"torch_adam": True}
+        extra = {"torch_adam": True} if optimizer == "AdamW" else {}
         ds_config["optimizer"] = {"type": optimizer, "params": {"weight_decay": 0.1, **options, **extra}}
         params = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
     engine, *_ = deepspeed.initialize(model=model, config=ds_config, **params)
@@ -60,7 +60,7 @@ def start(model: nn.Module, ds_config: dict[str, Any], options: dict[str, Any], 
 
 
 def observe(optimizer: Any) -> tuple[Any, Any]:
-    return (optimizer.alpha, optimizer.agreement) if isinstance(optimizer, AlphaAdam) else (None, None)
+    return (optimizer.alpha, optimizer.agreement) if isinstance(optimizer, AlphaOptimizer) else (None, None)
 
 
 def masters(engine: Any) -> dict[str, Tensor]:
@@ -118,15 +118,15 @@ def given(ds_config: dict[str, Any], options: dict[str, Any], *, steps: int = 10
 
 
 def given_alone(options: dict[str, Any], *, steps: int = 10, client: bool = True, clip: float = 0.0,
-                dtype: torch.dtype = torch.float32, shrink: float | list[float] = 1.0,
-                overflow_at: tuple[int, ...] = ()) -> dict[str, Any]:  # fmt: skip
+                optimizer: type[AlphaOptimizer] = AlphaAdam, dtype: torch.dtype = torch.float32,
+                shrink: float | list[float] = 1.0, overflow_at: tuple[int, ...] = ()) -> dict[str, Any]:  # fmt: skip
     """The same in one process on fp32 masters of a model in dtype, clipping by DeepSpeed's float operations."""
     model = Given().to(dtype).float()
     if client:
-        alone = AlphaAdam(decay_groups(model), **{"lr": LR, **options})
+        alone = optimizer(decay_groups(model), **{"lr": LR, **options})
     else:
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        alone = AlphaAdam(trainable, **{"lr": LR, "weight_decay": 0.1, **options})
+        alone = optimizer(trainable, **{"lr": LR, "weight_decay": 0.1, **options})
     seen = []
     shrinks = shrink if isinstance(shrink, list) else [shrink] * steps
     for step, (gradients, factor) in enumerate(zip(given_gradients(steps), shrinks, strict=True)):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
+from alphaadam_dist.optimizer import AlphaOptimizer
 from tests.ranks import Ranks
 from tests.zero import engine
 from tests.zero.test_equality import OPTIONS, assert_equal, dtype_of
@@ -24,13 +26,15 @@ def async_io() -> None:
 @pytest.mark.nvme
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("async_io")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_nvme_delayed(ranks2: Ranks, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(AlphaAdam, "fp32"), (AlphaAdam, "bf16"), (AlphaLion, "fp32"), (AlphaSGD, "bf16")]
+)
+def test_nvme_delayed(ranks2: Ranks, tmp_path: Path, kind: type[AlphaOptimizer], dtype: str) -> None:
     config = engine.config(3, dtype, offload=True, sub_group_size=200)
     config["zero_optimization"]["offload_optimizer"] |= {"device": "nvme", "nvme_path": str(tmp_path)}
     options = OPTIONS["delayed"]
-    alone = engine.given_alone(options, dtype=dtype_of(dtype))
-    assert_equal(ranks2.run(engine.given, config, options), alone)
+    alone = engine.given_alone(options, optimizer=kind, dtype=dtype_of(dtype))
+    assert_equal(ranks2.run(engine.given, config, options, optimizer=kind.__name__), alone)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

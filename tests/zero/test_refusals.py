@@ -208,6 +208,8 @@ def unregistered(client: bool) -> None:
 
 @pytest.mark.parametrize("client", [True, False], ids=["client", "json"])
 def test_deepspeed_that_moved_is_refused(ranks2: Ranks, client: bool) -> None:
-    with pytest.raises(RankError, match=r"RuntimeError: AlphaAdam cannot run under DeepSpeed .* no longer has .*_x"):
+    with pytest.raises(
+        RankError, match=r"RuntimeError: alphaadam_dist cannot run under DeepSpeed .* no longer has .*_x"
+    ):
         ranks2.run(unregistered, client)
     ranks2.run(engine.given, engine.config(2), {}, steps=2)  # and all is as before
