@@ -120,7 +120,7 @@ def check_saved(
 ) -> None:
     """Raise ValueError where an optimizer of ``here`` parameter groups cannot go on with a saved state.
 
-    A universal checkpoint of DeepSpeed keeps the moments elsewhere: a state of none of them is no mistake.
+    In a universal checkpoint of DeepSpeed the state is elsewhere, and there is nothing of it to check.
     """
     saved = len(state_dict["param_groups"])
     if saved != here:
@@ -135,7 +135,7 @@ def check_saved(
                     f"the checkpoint has {name}={group[name]!r}, which {kind} does not have: load it into the "
                     "optimizer that wrote it"
                 )
-    for state in state_dict["state"].values():
+    for state in state_dict.get("state", {}).values():
         names = set(state) - {"step"}
         if names and names != set(moments):
             raise ValueError(
