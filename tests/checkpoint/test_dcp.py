@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
+from alphaadam_dist.optimizer import AlphaOptimizer
 from alphaadam_dist.shards import clean_name
 from alphaadam_dist.verify import shardings
 from alphaadam_dist.verify.model import Llama, next_token_loss, token_batches
@@ -51,12 +52,12 @@ def shard(sharding: str, seed: int) -> nn.Module:
 
 
 def optimizer_for(model: nn.Module, kind: type, options: dict[str, Any]) -> torch.optim.Optimizer:
-    if kind is AlphaAdam:
+    if issubclass(kind, AlphaOptimizer):
         options = {**options, "process_group": dist.group.WORLD}
     matrices = [(n, p) for n, p in model.named_parameters() if "norm" not in clean_name(n)]
     norms = [(n, p) for n, p in model.named_parameters() if "norm" in clean_name(n)]
     groups = [{"params": matrices, "weight_decay": 0.1}] + ([{"params": norms, "weight_decay": 0.0}] if norms else [])
-    return kind(groups, lr=llamas.LR, **options)
+    return kind(groups, **{"lr": llamas.LR, **options})
 
 
 def started(sharding: str, options: dict[str, Any], kind: type = AlphaAdam, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -71,14 +72,14 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
         next_token_loss(model(mine), mine).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if isinstance(optimizer, AlphaAdam):
+        if isinstance(optimizer, AlphaOptimizer):
             seen.append((optimizer.metrics()["alpha"], optimizer.agreement["agree"]))
     return seen
 
 
-def straight(sharding: str, options: dict[str, Any], folder: str) -> dict[str, Any]:
+def straight(sharding: str, options: dict[str, Any], folder: str, kind: type = AlphaAdam) -> dict[str, Any]:
     """A run without a break that saves on its way."""
-    model, optimizer = started(sharding, options)
+    model, optimizer = started(sharding, options, kind)
     seen = steps(model, optimizer, 0, SAVED_AFTER)
     held_model, held_optimizer = get_state_dict(model, optimizer)
     dcp.save({"model": held_model, "optimizer": held_optimizer}, checkpoint_id=folder)
@@ -90,9 +91,9 @@ def state_of(optimizer: Any) -> list[float]:
     return optimizer.state_dict()["param_groups"][-1]["alphaadam_state"]
 
 
-def resumed(sharding: str, options: dict[str, Any], folder: str) -> dict[str, Any]:
+def resumed(sharding: str, options: dict[str, Any], folder: str, kind: type = AlphaAdam) -> dict[str, Any]:
     """Another model, another optimizer, perhaps another number of ranks: load and go on."""
-    model, optimizer = started(sharding, options, seed=1)
+    model, optimizer = started(sharding, options, kind, seed=1)
     held_model, held_optimizer = get_state_dict(model, optimizer)
     assert state_of(optimizer) == [0.0, 1.0, 0.0, 0.0], "the phantom step counted"
     state = {"model": held_model, "optimizer": held_optimizer}
@@ -118,6 +119,16 @@ def test_saved_on_four_ranks_goes_on_with_any_number(tmp_path: Path, options: di
     uninterrupted = threads.run(4, straight, "fsdp2", options, str(tmp_path))
     for world in (4, 3, 2, 1):
         assert_goes_on(threads.run(world, resumed, "fsdp2", options, str(tmp_path)), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(AlphaLion, {**OPTIONS["exact"], "lr": 1e-3}), (AlphaSGD, {**OPTIONS["delayed"], "nesterov": True})],
+)
+def test_the_family(tmp_path: Path, kind: type, options: dict[str, Any]) -> None:
+    uninterrupted = threads.run(4, straight, "fsdp2", options, str(tmp_path), kind)
+    for world in (4, 2):
+        assert_goes_on(threads.run(world, resumed, "fsdp2", options, str(tmp_path), kind), uninterrupted)
 
 
 @pytest.mark.parametrize("options", [OPTIONS["exact"], OPTIONS["delayed"]], ids=["exact", "delayed"])
@@ -208,11 +219,13 @@ def test_the_phantom_step_leaves_nothing_behind() -> None:
         assert before[0][0] == 2
 
 
-# ---- torch.optim.AdamW, there and back
+# ---- torch's own optimizers, there and back
+
+MOMENTUM: dict[type, dict[str, Any]] = {torch.optim.SGD: {"momentum": 0.9}, AlphaSGD: {"momentum": 0.9}}
 
 
 def save_as(kind: type, folder: str) -> dict[str, Tensor]:
-    model, optimizer = started("fsdp2", {}, kind)
+    model, optimizer = started("fsdp2", MOMENTUM.get(kind, {}), kind)
     steps(model, optimizer, 0, SAVED_AFTER)
     held_model, held_optimizer = get_state_dict(model, optimizer)
     dcp.save({"model": held_model, "optimizer": held_optimizer}, checkpoint_id=folder)
@@ -220,7 +233,7 @@ def save_as(kind: type, folder: str) -> dict[str, Tensor]:
 
 
 def load_as(kind: type, folder: str, partial: bool) -> dict[str, Tensor]:
-    model, optimizer = started("fsdp2", {}, kind, seed=1)
+    model, optimizer = started("fsdp2", MOMENTUM.get(kind, {}), kind, seed=1)
     held_model, held_optimizer = get_state_dict(model, optimizer)
     state = {"model": held_model, "optimizer": held_optimizer}
     planner = dcp.DefaultLoadPlanner(allow_partial_load=partial)
@@ -228,23 +241,30 @@ def load_as(kind: type, folder: str, partial: bool) -> dict[str, Tensor]:
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     loaded = moments(model, optimizer)
     steps(model, optimizer, SAVED_AFTER, STEPS)
-    assert {float(held["step"]) for held in optimizer.state.values()} == {STEPS}
+    assert {float(held.get("step", STEPS)) for held in optimizer.state.values()} == {STEPS}
     return loaded
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     held = {f"{n}.{key}": pieces.local(value).clone() for n, p in model.named_parameters()
             for key, value in optimizer.state[p].items()}  # fmt: skip
-    assert all(key.rsplit(".", 1)[1] in ("step", "exp_avg", "exp_avg_sq") for key in held)
+    assert all(key.rsplit(".", 1)[1] in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer") for key in held)
     return held
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"), [(torch.optim.AdamW, AlphaAdam), (AlphaAdam, torch.optim.AdamW)], ids=["there", "and back"]
+    ("saved", "loaded"),
+    [
+        (torch.optim.AdamW, AlphaAdam),
+        (AlphaAdam, torch.optim.AdamW),
+        (torch.optim.SGD, AlphaSGD),
+        (AlphaSGD, torch.optim.SGD),
+    ],
+    ids=["AdamW there", "and back", "SGD there", "and back again"],
 )
-def test_adamw(tmp_path: Path, saved: type, loaded: type) -> None:
+def test_torchs_optimizers(tmp_path: Path, saved: type, loaded: type) -> None:
     expected = threads.run(4, save_as, saved, str(tmp_path))
-    for rank, held in enumerate(threads.run(4, load_as, loaded, str(tmp_path), loaded is AlphaAdam)):
+    for rank, held in enumerate(threads.run(4, load_as, loaded, str(tmp_path), issubclass(loaded, AlphaOptimizer))):
         assert set(held) == set(expected[rank])
         for name, value in held.items():
             assert torch.equal(value, expected[rank][name]), name

@@ -45,6 +45,21 @@ def test_every_value_auto(ranks2: Ranks, tmp_path: Path, stage: int) -> None:
     assert ranks[0]["state"][0] == trainer.STEPS
 
 
+@pytest.mark.parametrize(
+    ("kind", "filled"),
+    [("AlphaLion", {"betas": (0.8, 0.95), "weight_decay": 0.2}), ("AlphaSGD", {"weight_decay": 0.2})],
+)
+def test_auto_values_of_the_family(ranks2: Ranks, tmp_path: Path, kind: str, filled: dict[str, Any]) -> None:
+    """HF fills in what is named and adds nothing, so an optimizer without betas or eps just does not name them."""
+    config = trainer.auto_config(2)
+    config["optimizer"] = {"type": kind, "params": dict.fromkeys(["lr", *filled], "auto")}
+    for result in ranks2.run(trainer.train, str(tmp_path), config):
+        (group,) = result["groups"]
+        assert result["optimizer"] == kind
+        assert {name: value for name, value in group.items() if name != "lr"} == filled
+        assert result["state"][0] == trainer.STEPS
+
+
 @pytest.mark.parametrize("named", ["json", "client"])
 def test_schedulers_of_deepspeed(ranks2: Ranks, tmp_path: Path, named: str) -> None:
     config = trainer.auto_config(2, scheduler=True)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from alphaadam_dist import AlphaAdam
+from alphaadam_dist.optimizer import AlphaOptimizer
 from alphaadam_dist.training import fsdp
 from tests.models import tiny_llama, token_batches
 from tests.zero import engine
@@ -92,7 +93,7 @@ def clean() -> Iterator[None]:
 
 def find(optimizer: Any) -> Any:
     """What the wrappers of Accelerate and DeepSpeed hold in the end."""
-    while not isinstance(optimizer, AlphaAdam | torch.optim.AdamW) and hasattr(optimizer, "optimizer"):
+    while not isinstance(optimizer, AlphaOptimizer | torch.optim.AdamW) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -140,10 +141,10 @@ def train(folder: str, ds_config: dict[str, Any] | None, arguments: dict[str, An
             "seen": seen,
             "optimizer": type(found).__name__,
             "logs": trainer.state.log_history,
-            "groups": [{k: g[k] for k in ("lr", "betas", "eps", "weight_decay")} for g in found.param_groups],
+            "groups": [{k: g[k] for k in ("lr", "betas", "eps", "weight_decay") if k in g} for g in found.param_groups],
             "params": engine.masters(trainer.model_wrapped) if ds_config else own_params(trainer.model),
         }
-        if state and isinstance(found, AlphaAdam):
+        if state and isinstance(found, AlphaOptimizer):
             result["state"] = found._adopt().state()
         if ds_config:
             trainer.model_wrapped.destroy()
