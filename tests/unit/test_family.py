@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[type[AlphaOptimizer], dict[str, Any]]] = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 MODES: dict[str, dict[str, Any]] = {
     "exact": {"threshold": 0.1},
+    "clipped": {"clip_norm": 1.0},
     "layer": {"scope": "layer", "gamma": 0.2},
     "delayed": {"sync": "delayed", "alpha_warmup": 5, "maximize": True},
 }
