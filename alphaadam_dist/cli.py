@@ -210,6 +210,45 @@ def bench(
     step_time.run(size or step_time.SIZES, rounds, torch.device(found), out)
 
 
+@app.command()
+def convert(
+    universal: Annotated[
+        Path, typer.Argument(help="A DeepSpeed universal checkpoint, written by deepspeed.checkpoint.ds_to_universal.")
+    ],
+    dcp: Annotated[Path, typer.Argument(help="Where to write the DCP checkpoint: a folder that does not exist.")],
+) -> None:
+    """Turn a DeepSpeed universal checkpoint into one of torch.distributed.checkpoint (DCP), to go on under FSDP2.
+
+    Model, moments, steps, AlphaAdam's state and the hyperparameters of every parameter group are carried over, from
+    AlphaAdam and from AdamW. Every file is compared with its checksums on the way.
+
+    [bold]Example[/bold], from ZeRO to FSDP2
+
+      python -m deepspeed.checkpoint.ds_to_universal --input_folder ck/step100 --output_folder ck/universal \\
+      --inject_missing_state
+
+      alphaadam convert ck/universal ck/dcp
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    columns = (TextColumn("converting"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
+    try:
+        from alphaadam_dist.convert import convert as run
+
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            run(universal, dcp, lambda done, total: bar.update(task, completed=done, total=total))
+    except ImportError as error:
+        raise _failure(f"{error}; reading the checkpoint needs pip install 'alphaadam-dist[deepspeed]'") from None
+    except (ValueError, OSError) as error:
+        raise _failure(str(error)) from None
+    console.print(
+        f"{dcp} is written: load it with torch.distributed.checkpoint.load (docs/checkpoints.md shows how).",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 def _failure(message: str) -> typer.Exit:
     Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(1)

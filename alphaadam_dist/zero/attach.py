@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..optimizer import AlphaOptimizer
 from ..ownership import Layout, build_layout, statistics_device
-from . import internals, json_config, monitor, refusals
+from . import internals, json_config, monitor, refusals, universal
 
 
 def register(*kinds: type[AlphaOptimizer]) -> None:
@@ -129,14 +129,14 @@ def _watch_loading(optimizer: AlphaOptimizer, zero: Any) -> None:
     @functools.wraps(load)
     def watched(*args: Any, **kwargs: Any) -> Any:
         folder = kwargs.get("checkpoint_folder")
-        universal = internals.universal_state(folder) if folder else None
+        saved = universal.saved_optimizer(folder) if folder else None
         held = args[0] if args else kwargs["state_dict_list"]
-        for state_dict in internals.optimizer_states(held) if universal is None else [universal]:
+        for state_dict in internals.optimizer_states(held) if saved is None else [saved]:
             optimizer.check_saved(state_dict)
         result = load(*args, **kwargs)
-        if universal is not None:
-            for group, saved in zip(optimizer.param_groups, universal["param_groups"], strict=True):
-                group.update((name, value) for name, value in saved.items() if name != "params")
+        if saved is not None:
+            for group, as_saved in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                group.update((name, value) for name, value in as_saved.items() if name != "params")
             optimizer.__setstate__({})
         return result
 

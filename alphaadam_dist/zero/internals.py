@@ -9,7 +9,6 @@ are still there as backward left them, which is where an exact step counts.
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,6 +43,8 @@ CLASS_NAMES = {
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": ("step", "unscale_and_clip_grads"),
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("step",),
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ("refresh_fp32_params",),
+    "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.pipe.module": ("PipelineModule",),
     "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_world_size", "bwc_pipeline_parallel_world_size"),
@@ -301,13 +302,6 @@ def optimizer_states(saved: Any) -> Iterator[dict[str, Any]]:
             held = state.get(key) if isinstance(state, dict) else None
             if isinstance(held, dict) and "param_groups" in held:
                 yield held
-
-
-def universal_state(folder: str) -> dict[str, Any]:
-    """The optimizer's own state_dict in a universal checkpoint: groups, and of the state what is not split."""
-    # not weights_only: DeepSpeed's loss scaler is in the file, which DeepSpeed is about to unpickle itself
-    held: dict[str, Any] = torch.load(os.path.join(folder, "zero", "optimizer_state.pt"), weights_only=False)
-    return held if "param_groups" in held else held["optimizer_state_dict"]
 
 
 def unscale_factor(zero: Any, total_norm: Any) -> Tensor | float:
