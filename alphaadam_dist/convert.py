@@ -68,7 +68,7 @@ class _FromFiles(dcp.DefaultSavePlanner):
         for name in held.shapes:
             key = clean_name(name)
             model[key] = self._promise(f"model.{key}", name, "fp32")
-            moments = {which: self._promise(f"optimizer.state.{key}.{which}", name, which) for which in universal.MOMENTS}
+            moments = {m: self._promise(f"optimizer.state.{key}.{m}", name, m) for m in universal.MOMENTS}
             state[key] = {"step": held.steps[name], **moments}
         for alias, name in held.tied.items():
             if name in held.shapes:

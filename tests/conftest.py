@@ -19,6 +19,11 @@ def _pool(world: int) -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def ranks1() -> Iterator[Ranks]:
+    yield from _pool(1)
+
+
+@pytest.fixture(scope="session")
 def ranks2() -> Iterator[Ranks]:
     yield from _pool(2)
 

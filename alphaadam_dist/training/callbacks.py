@@ -6,7 +6,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alphaadam_dist.training import checkpoints, metrics
@@ -53,14 +52,11 @@ class JsonlLog(TrainerCallback):
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint complete once every rank has written its part."""
+    """Marks a checkpoint complete, with the checksums of its files, once every rank has written its part."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Wait for the other ranks, then mark."""
-        if dist.is_initialized():
-            dist.barrier()
-        if state.is_world_process_zero:
-            checkpoints.mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Wait for the other ranks, then record every file with them."""
+        checkpoints.mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
         return control

@@ -94,7 +94,7 @@ def train(run: Path, optimizer: str) -> None:
     dtype = torch.bfloat16 if bf16 and not settings.fsdp else torch.float32
     model = load_model(settings.model, tokenizer, settings.block, dtype)
 
-    checkpoint = checkpoints.last_complete(folder)
+    checkpoint = checkpoints.take_up(folder)
     resumed_step = checkpoints.step_of(checkpoint)
     log = folder / metrics.FILE_NAME
     callbacks = [AlphaMetrics(), CheckpointMarker()]
@@ -112,7 +112,8 @@ def train(run: Path, optimizer: str) -> None:
         callbacks=callbacks,
         optimizer_cls_and_kwargs=fsdp.optimizer(OPTIMIZERS[optimizer], arguments) if settings.fsdp else None,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with checkpoints.naming_failed_saves(folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ Entry = dict[str, Any]
 
 
 def append(path: Path, entry: Entry) -> None:
-    """Add one entry at the end."""
-    with open(path, "a") as log:
-        log.write(json.dumps(entry) + "\n")
+    """Add one entry at the end. Raises OSError, naming the file, also where the disk is full."""
+    try:
+        with open(path, "a") as log:
+            log.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read(path: Path) -> list[Entry]:

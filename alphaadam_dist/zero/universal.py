@@ -1,8 +1,8 @@
 """DeepSpeed's universal checkpoints: a folder of whole tensors, one subfolder for each parameter.
 
-    zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt     at stages 1 and 2 also step.pt
-    zero/optimizer_state.pt                          parameter groups, loss scale; at stage 3 the step
-    *_model_states.pt                                buffers, frozen parameters, which parameters are in which group
+zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt     at stages 1 and 2 also step.pt
+zero/optimizer_state.pt                          parameter groups, loss scale; at stage 3 the step
+*_model_states.pt                                buffers, frozen parameters, which parameters are in which group
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {"lr": 3e-3, "alpha_warmup": 6},
     "delayed": {"lr": 3e-3, "sync": "delayed", "alpha_warmup": 6},
 }
-
-
-@pytest.fixture(scope="module")
-def ranks1() -> Iterator[Ranks]:
-    ranks = Ranks(1)
-    yield ranks
-    ranks.stop()
 
 
 def run(
