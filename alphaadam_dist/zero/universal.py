@@ -7,10 +7,8 @@ zero/optimizer_state.pt                          parameter groups, loss scale; a
 
 from __future__ import annotations
 
-import functools
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -34,21 +32,30 @@ class Universal:
     """A universal checkpoint, its large tensors still in their files.
 
     Attributes:
+        folder: where it is.
         shapes: of every parameter in training, by its name in the model.
-        tensor: (name, "fp32" or one of MOMENTS) -> that tensor, whole, float32, on the CPU. Raises ValueError where its
-            file is damaged or has another shape.
         steps: how often each parameter in training was stepped, a 0-dim float32 tensor.
         others: what else is in the model's state_dict: buffers and frozen parameters.
         tied: second name -> first name of parameters that have two.
         groups: the optimizer's parameter groups; their "params" are names.
     """
 
+    folder: Path
     shapes: dict[str, torch.Size]
-    tensor: Callable[[str, str], Tensor]
     steps: dict[str, Tensor]
     others: dict[str, Tensor]
     tied: dict[str, str]
     groups: list[dict[str, Any]]
+
+    def tensor(self, name: str, key: str) -> Tensor:
+        """A parameter (key "fp32") or a moment of it, whole, float32, on the CPU. Raises ValueError where damaged."""
+        path = self.folder / "zero" / name / f"{key}.pt"
+        held = load(path)
+        tensor: Tensor = held["param"] if isinstance(held, dict) else held
+        shape = self.shapes[name]
+        if tensor.numel() != shape.numel():
+            raise ValueError(f"{path} has shape {tuple(tensor.shape)}, the model {tuple(shape)}: make it again")
+        return tensor.view(shape)  # stage 3 saves it flat
 
 
 def load(path: Path) -> Any:
@@ -115,8 +122,8 @@ def read(folder: Path) -> Universal:
     else:
         steps = {name: load(zero / name / "step.pt") for name in shapes}
     return Universal(
+        folder=folder,
         shapes=shapes,
-        tensor=functools.partial(_tensor, zero, shapes),
         steps={name: torch.as_tensor(step, dtype=torch.float32) for name, step in steps.items()},
         others=_others(ranks, shapes),
         tied=dict(first["shared_params"]),
@@ -124,17 +131,8 @@ def read(folder: Path) -> Universal:
     )
 
 
-def _tensor(zero: Path, shapes: dict[str, torch.Size], name: str, key: str) -> Tensor:
-    path = zero / name / f"{key}.pt"
-    held = load(path)
-    tensor: Tensor = held["param"] if isinstance(held, dict) else held
-    if tensor.numel() != shapes[name].numel():
-        raise ValueError(f"{path} has shape {tuple(tensor.shape)}, the model {tuple(shapes[name])}: make it again")
-    return tensor.view(shapes[name])  # stage 3 saves it flat
-
-
 def _stage(held: dict[str, Any]) -> int:
-    return int(held["zero_stage"])
+    return int(held.get("zero_stage", 1))  # BF16_Optimizer, which is stage 1, leaves it out
 
 
 def _model_states(folder: Path, held: dict[str, Any]) -> list[dict[str, Any]]:
