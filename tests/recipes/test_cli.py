@@ -21,6 +21,12 @@ def test_help_names_every_option_and_shows_an_example():
     assert re.search(r"alphaadam train --model \S+ --data \S+", text)
 
 
+def test_convert_shows_both_commands():
+    result = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert "python -m deepspeed.checkpoint.ds_to_universal --input_folder" in result.output
+    assert "alphaadam convert ck/universal ck/dcp" in result.output
+
+
 def test_a_mistyped_option_gets_a_suggestion():
     result = _run("--stesp", "5")
     assert result.exit_code != 0
