@@ -222,7 +222,7 @@ def convert(
     Model, moments, steps, AlphaAdam's state and the hyperparameters of every parameter group are carried over, from
     AlphaAdam and from AdamW. Every file is compared with its checksums on the way.
 
-    [bold]Example[/bold], from ZeRO to FSDP2
+    [bold]Examples[/bold]
 
       python -m deepspeed.checkpoint.ds_to_universal --input_folder ck/step100 --output_folder ck/universal \\
       --inject_missing_state
@@ -247,6 +247,53 @@ def convert(
         f"{dcp} is written: load it with torch.distributed.checkpoint.load (docs/checkpoints.md shows how).",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="[bold]llama-7b[/bold], [bold]gpt2[/bold], [bold]roberta-base[/bold], a local folder with a "
+            "config.json, or a Hugging Face id.",
+            show_default=False,
+        ),
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs in all.")] = 8,
+    memory: Annotated[float, typer.Option(help="GiB of each GPU.")] = 80,
+    per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    headroom: Annotated[
+        float,
+        typer.Option(
+            help="Share of the memory kept free for activations, buckets and workspaces, which are not counted."
+        ),
+    ] = 0.4,
+) -> None:
+    """Say which sharding fits a model on these GPUs, what a step sends, and what to start.
+
+    Counts weights, gradients, fp32 masters and moments, all parameters trained in bf16, on each GPU under ZeRO-0 to
+    ZeRO-3, FSDP2 and HSDP, with and without offload. Exits with 1 where nothing fits.
+
+    [bold]Examples[/bold]
+
+      alphaadam plan llama-7b --gpus 16 --memory 40
+
+      alphaadam plan ./my-model --gpus 4 --memory 24 --headroom 0.3
+    """
+    console = Console()
+    try:
+        from alphaadam_dist import plan as planning
+
+        cluster = planning.Cluster(gpus, per_node, memory, headroom)
+        with console.status("Reading the model's sizes"):
+            sizes = planning.shapes(model)
+        if not planning.show(console, sizes, cluster):
+            raise typer.Exit(1)
+    except ImportError as error:
+        raise _failure(f"{error}; planning needs pip install 'alphaadam-dist[hf]'") from None
+    except ValueError as error:
+        raise _failure(str(error)) from None
 
 
 def _failure(message: str) -> typer.Exit:

@@ -4,16 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import alphaadam_dist
+from alphaadam_dist.configs import config_path
 
 
 def ds_config_path(zero: int, offload: bool) -> Path:
-    """The file in `ds_configs/`: beside the package in a clone, inside it when installed from a wheel."""
-    package = Path(alphaadam_dist.__path__[0])
-    for folder in (package / "ds_configs", package.parent / "ds_configs"):
-        if folder.is_dir():
-            return folder / f"zero{zero}{'_offload' if offload else ''}.json"
-    raise FileNotFoundError(f"no ds_configs folder in or beside {package}: reinstall alphaadam-dist")
+    """The file in `ds_configs/` in which Hugging Face fills in the values."""
+    return config_path(f"ds_configs/zero{zero}{'_offload' if offload else ''}.json")
 
 
 def load_ds_config(zero: int, offload: bool, optimizer: str) -> dict[str, Any]:

@@ -27,6 +27,23 @@ def test_convert_shows_both_commands():
     assert "alphaadam convert ck/universal ck/dcp" in result.output
 
 
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command: str):
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code == 0
+    _, _, examples = result.output.partition("Examples")
+    assert f"alphaadam {command}" in examples
+
+
+def test_a_mistyped_command_gets_a_suggestion():
+    result = CliRunner().invoke(app, ["trian"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code != 0
+    assert "Did you mean 'train'?" in result.output
+
+
 def test_a_mistyped_option_gets_a_suggestion():
     result = _run("--stesp", "5")
     assert result.exit_code != 0

@@ -1,51 +1,134 @@
-"""Every file of `ds_configs/` starts DeepSpeed and takes a step with the optimizer it names."""
+"""Every file of `ds_configs/` is good DeepSpeed, trains with the optimizer it names, and says what its name says."""
+
+from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from alphaadam_dist import AlphaAdam, plan
+from alphaadam_dist.configs import config_path
 from alphaadam_dist.training.ds_config import ds_config_path, load_ds_config
 
-CONFIGS = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
+FOLDER = config_path("ds_configs/zero2.json").parent
+FILES = sorted(path.name for path in FOLDER.glob("*.json"))
+FOR_HF = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
+NVME = "zero3_nvme.json"
+LLAMA = re.compile(r"llama_7b_(\d+)x(\d+)gb\.json")
 
-# One process for all: importing torch and DeepSpeed takes longer than the steps.
-_STEP_EACH = """
-import json, sys, torch, deepspeed
-from alphaadam_dist.training.callbacks import find_alpha_optimizer
-from alphaadam_dist.training.ds_config import load_ds_config
-from tests.recipes.test_ds_configs import CONFIGS, resolved
-seen = []
-for optimizer in ("AlphaAdam", "AdamW"):
-    for zero, offload in CONFIGS:
+# What the Trainer fills in where a file says "auto".
+FILLED_IN = {
+    "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "enabled": False, "gradient_clipping": 1.0,
+    "train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1,
+}  # fmt: skip
+
+
+def filled_in(config: Any) -> Any:
+    """The config with values for "auto"."""
+    if not isinstance(config, dict):
+        return config
+    return {key: FILLED_IN[key] if value == "auto" else filled_in(value) for key, value in config.items()}
+
+
+def understood() -> dict[str, Any]:
+    """What DeepSpeed's own parser makes of each file, on as many ranks as it is for."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    def read(name: str, ranks: int) -> DeepSpeedConfig:
+        mpu = SimpleNamespace(get_data_parallel_world_size=lambda: ranks)
+        return DeepSpeedConfig(filled_in(json.loads((FOLDER / name).read_text())), mpu=mpu)
+
+    result = {}
+    for name in FILES:
+        named = LLAMA.fullmatch(name)
+        if named:  # the batch does not come out on twice as many
+            with pytest.raises(AssertionError, match="batch"):
+                read(name, 2 * int(named[1]))
+        config = read(name, int(named[1]) if named else 1)
+        zero = config.zero_config
+        result[name] = {
+            "stage": int(zero.stage),
+            "offload": str(zero.offload_optimizer.device) if zero.offload_optimizer else None,
+            "bf16": config.bfloat16_config.enabled,
+            "accumulate": config.gradient_accumulation_steps,
+            "batch": config.train_batch_size,
+            "clip": config.gradient_clipping,
+            "overlap": zero.overlap_comm,
+        }
+    return result
+
+
+def trained(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two steps of one small model with each config, scaled down to its size, and what took them."""
+    import deepspeed
+    import torch
+
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(batch)).square().sum(-1).sub(1).square().mean()
+
+    seen = []
+    for config in configs:
+        config = filled_in(config)
+        accumulate = min(2, config["gradient_accumulation_steps"])
+        config |= {"train_batch_size": 4 * accumulate, "train_micro_batch_size_per_gpu": 4}
+        config["gradient_accumulation_steps"] = accumulate
         torch.manual_seed(0)
-        model = torch.nn.Linear(8, 8)
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=model.parameters(), config=resolved(load_ds_config(zero, offload, optimizer))
-        )
-        loss = engine(torch.ones(4, 8)).square().mean()
-        engine.backward(loss)
-        engine.step()
+        model = Small()
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        for _ in range(2 * accumulate):
+            engine.backward(engine(torch.randn(4, 8, dtype=dtype)))
+            engine.step()
         found = engine.basic_optimizer
-        seen.append([optimizer, zero, offload, f"{type(found).__module__}.{type(found).__qualname__}"])
+        seen.append(
+            {
+                "optimizer": f"{type(found).__module__}.{type(found).__qualname__}",
+                "steps": engine.global_steps,
+                "decay": sorted({group["weight_decay"] for group in found.param_groups}),
+                "counted": sum(found.agreement[kind] for kind in ("agree", "conflict"))
+                if isinstance(found, AlphaAdam)
+                else None,
+                "accumulated in": str(getattr(engine.optimizer, "gradient_accumulation_dtype", None)),
+            }
+        )
         engine.destroy()
-print("SEEN" + json.dumps(seen))
-"""
+    return seen
 
 
-def resolved(config: dict) -> dict:
-    """The config with the values the Trainer would fill in."""
-    params = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
-    config["optimizer"]["params"] |= params
-    config["bf16"]["enabled"] = False
-    config["gradient_clipping"] = 1.0
-    config |= {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
-    return config
+def main() -> None:
+    """Answer to the configs on the standard input. One process for all: importing takes longer than the steps."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    print("SEEN" + json.dumps([understood(), trained(json.load(sys.stdin))]))
 
 
-@pytest.mark.parametrize(("zero", "offload"), CONFIGS)
+def deepspeed_on(configs: list[dict[str, Any]], seconds: float = 240) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What DeepSpeed understands of each file, and how these configs train, in a process that is its world's only."""
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+             "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    line = [sys.executable, "-m", __name__]
+    done = subprocess.run(
+        line, input=json.dumps(configs), env=os.environ | world, capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (answer,) = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
+    return tuple(json.loads(answer.removeprefix("SEEN")))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("zero", "offload"), FOR_HF)
 def test_the_file_says_what_its_name_says(zero: int, offload: bool):
     config = json.loads(ds_config_path(zero, offload).read_text())
     assert config["zero_optimization"]["stage"] == zero
@@ -64,16 +147,70 @@ def test_adamw_differs_in_nothing_but_the_optimizer():
     assert ours == baseline
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if "plain" in name or "llama" in name])
+def test_where_a_script_reads_the_file_itself_nothing_is_left_to_hf(name: str):
+    assert "auto" not in (FOLDER / name).read_text()
+
+
 @pytest.mark.slow
-def test_each_config_takes_a_step():
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", _STEP_EACH], env=os.environ | world, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
-    seen = json.loads(line.removeprefix("SEEN"))
-    assert len(seen) == 2 * len(CONFIGS)
-    for optimizer, zero, offload, found in seen:
-        expected = "torch.optim.adamw.AdamW" if optimizer == "AdamW" else "alphaadam_dist.optimizer.AlphaAdam"
-        assert found == expected, (optimizer, zero, offload)
+def test_deepspeed_understands_each_file_and_trains_with_it():
+    names = [name for name in FILES if name != NVME]
+    configs = [json.loads((FOLDER / name).read_text()) for name in names]
+    baselines = [load_ds_config(zero, offload, "AdamW") for zero, offload in FOR_HF]
+    parsed, seen = deepspeed_on(configs + baselines)
+
+    assert sorted(parsed) == FILES
+    for name, found in parsed.items():
+        assert found["clip"] == 1.0, name
+        assert found["overlap"] == (found["stage"] >= 2), name
+        llama = LLAMA.fullmatch(name)
+        if llama:
+            gpus, memory = int(llama[1]), int(llama[2])
+            assert found["stage"] == first_choice(gpus, memory), name
+            # One batch, and so one learning rate, for all of them: 1024 sequences.
+            assert (found["batch"], found["bf16"], found["offload"]) == (1024, True, None), name
+        else:
+            stage, kind = re.fullmatch(r"zero(\d)_?(\w*)\.json", name).groups()  # type: ignore[union-attr]
+            assert found["stage"] == int(stage), name
+            assert found["offload"] == {"offload": "cpu", "nvme": "nvme"}.get(kind), name
+            assert found["bf16"] == (kind == "plain"), name
+
+    for name, found in zip(names, seen, strict=False):
+        assert found["optimizer"] == "alphaadam_dist.optimizer.AlphaAdam", name
+        assert found["steps"] == 2, name
+        assert found["counted"] > 0.9 * (8 * 8 + 3 * 8), name
+        if LLAMA.fullmatch(name):
+            assert found["decay"] == [0.0, 0.1], name
+            assert found["accumulated in"] == "torch.float32", name
+    assert [found["optimizer"] for found in seen[len(names) :]] == ["torch.optim.adamw.AdamW"] * len(FOR_HF)
+
+
+def first_choice(gpus: int, memory: float) -> int:
+    """The ZeRO stage that `alphaadam plan` chooses for Llama-7B."""
+    cluster = plan.Cluster(gpus, 8, memory, 0.4)
+    row = plan.first_fit(plan.rows(plan.shapes("llama-7b"), cluster), plan.DEEPSPEED_ORDER, cluster)
+    assert row is not None
+    return {"ZeRO-2": 2, "ZeRO-3": 3}[row.sharding]
+
+
+def test_the_nvme_file_asks_for_what_is_served_there():
+    config = json.loads((FOLDER / NVME).read_text())
+    assert config["optimizer"]["params"]["sync"] == "delayed"
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.nvme
+@pytest.mark.timeout(3600)
+def test_the_nvme_file_trains(tmp_path: Path):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's NVMe offload needs libaio: apt-get install libaio-dev")
+    config = json.loads((FOLDER / NVME).read_text())
+    config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path)
+    _, (found,) = deepspeed_on([config], seconds=3000)
+    assert (found["optimizer"], found["steps"]) == ("alphaadam_dist.optimizer.AlphaAdam", 2)
+
+
+if __name__ == "__main__":
+    main()

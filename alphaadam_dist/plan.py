@@ -1,0 +1,304 @@
+"""`alphaadam plan`: what the model states of a training run take on each GPU, and what a step moves between them.
+
+Counted are weights, gradients, fp32 masters and moments, and under ZeRO-3 and FSDP the weights gathered for the layers
+at work. Activations, communication buckets, workspaces and fragmentation are not: a share of the card is kept free for
+them. Every parameter is trained. ZeRO computes in bf16 with fp32 masters; FSDP holds fp32 weights and casts them to
+bf16 layer by layer, as Accelerate does. ZeRO-2 and ZeRO-3 are counted as DeepSpeed's own
+`estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs` count them, plus what these leave
+out and DeepSpeed 0.19.8 allocates: one more bf16 value a parameter at stage 3, and in CPU memory under offload.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .configs import config_path
+
+GIB = 2**30
+BF16, FP32 = 2, 4
+OPTIMIZER = 4 * FP32
+"""Bytes a parameter of what the optimizer works on: master weight, gradient and two moments."""
+
+BUILT_IN: dict[str, tuple[str, dict[str, int]]] = {
+    "llama-7b": (
+        "LlamaForCausalLM",
+        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+         "num_attention_heads": 32},
+    ),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "roberta-base": (
+        "RobertaForMaskedLM",
+        {"vocab_size": 50265, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+         "num_attention_heads": 12, "max_position_embeddings": 514, "type_vocab_size": 1},
+    ),
+}  # fmt: skip
+"""Classes of transformers, and the sizes in their configs."""
+
+GLOBAL_BYTES, LAYER_BYTES = 32, 16
+"""What AlphaAdam all-reduces a step: in all with scope="global", for each parameter tensor with scope="layer"."""
+
+DEEPSPEED_ORDER = ("ZeRO-2", "ZeRO-3", "ZeRO-2, CPU offload", "ZeRO-3, CPU offload", "ZeRO-3, NVMe offload")
+FSDP_ORDER = ("HSDP", "FSDP2", "FSDP2, CPU offload")
+"""The first that fits is recommended: what stays on the GPUs comes first, then what sends less, then less memory."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a model that a plan depends on, in elements; tied weights count once."""
+
+    name: str
+    total: int
+    tensors: int
+    largest: int
+    """Of the module with the most parameters of its own, the least that ZeRO-3 can gather."""
+    block: int
+    """Of the largest transformer block, what FSDP gathers at a time."""
+    rest: int
+    """Outside the blocks: FSDP keeps that gathered."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to shard the model. All sizes in bytes."""
+
+    sharding: str
+    config: str
+    gpu: float
+    """On each GPU."""
+    node: float
+    """In each node's CPU memory, or on its disk."""
+    sent: float
+    """By each GPU in a step of one micro-batch, where collectives run as rings."""
+    counts: int
+    """All-reduced by AlphaAdam in a step with scope="global"."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs to plan for.
+
+    Raises:
+        ValueError: a value out of range, or nodes that are not equally full.
+    """
+
+    gpus: int
+    per_node: int
+    memory: float
+    """GiB of each GPU."""
+    headroom: float
+    """Share of that memory kept free for what the plan does not count."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("gpus", self.gpus), ("per-node", self.per_node)):
+            if value < 1:
+                raise ValueError(f"--{name} is {value}: it must be 1 or more")
+        if self.gpus > self.per_node and self.gpus % self.per_node:
+            raise ValueError(
+                f"--gpus is {self.gpus}, which does not fill nodes of {self.per_node}: give a multiple of "
+                f"{self.per_node}, or --per-node"
+            )
+        if not self.memory > 0:
+            raise ValueError(f"--memory is {self.memory:g}: give the GiB of one GPU, such as 80")
+        if not 0 <= self.headroom < 1:
+            raise ValueError(
+                f"--headroom is {self.headroom:g}: give a share of the memory from 0 to below 1, such as 0.4"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Nodes, all of them full."""
+        return max(1, self.gpus // self.per_node)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of each GPU that model states may take."""
+        return self.memory * (1 - self.headroom) * GIB
+
+
+def shapes(model: str) -> Shapes:
+    """Sizes of a built-in model, or of the one that a Hugging Face config describes; no weights are made or loaded.
+
+    Args:
+        model: a name of BUILT_IN, a local folder with a config.json, or a hub id.
+
+    Raises:
+        ValueError: there is no such config, or transformers cannot build a model from it.
+    """
+    import torch
+    import transformers
+
+    if model in BUILT_IN:
+        kind, sizes = BUILT_IN[model]
+        config = getattr(transformers, kind).config_class(**sizes)
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            near = difflib.get_close_matches(model, BUILT_IN, n=1)
+            hint = f"did you mean {near[0]}? Otherwise give" if near else "give"
+            raise ValueError(
+                f"MODEL is {model}: {hint} {', '.join(BUILT_IN)}, a folder with a config.json, or a Hugging Face id. "
+                f"What went wrong: {str(error).splitlines()[0]}"
+            ) from None
+        kind = (config.architectures or [""])[0]
+    with torch.device("meta"):
+        if hasattr(transformers, kind):
+            built = getattr(transformers, kind)._from_config(config)
+        else:
+            built = transformers.AutoModelForCausalLM.from_config(config)
+    numels = [param.numel() for param in built.parameters()]
+    # What Accelerate shards as units of their own.
+    units = [module for module in built.modules() if type(module).__name__ in (built._no_split_modules or ())]
+    blocks = [sum(param.numel() for param in module.parameters()) for module in units]
+    return Shapes(
+        name=model,
+        total=sum(numels),
+        tensors=len(numels),
+        largest=max(sum(param.numel() for param in module.parameters(recurse=False)) for module in built.modules()),
+        block=max(blocks, default=0),
+        rest=sum(numels) - sum(blocks),
+    )
+
+
+def rows(model: Shapes, cluster: Cluster) -> list[Row]:
+    """Every way to shard this model over this cluster, DeepSpeed's first."""
+    gpus, nodes = cluster.gpus, cluster.nodes
+    inside = gpus // nodes
+    counts = GLOBAL_BYTES if gpus > 1 else 0
+    weights, states = BF16 * model.total, OPTIMIZER * model.total
+    # A gradient is there in bf16 as backward leaves it, and in fp32 as the optimizer takes it.
+    partition = (states + weights) / gpus
+    # Under offload the bf16 copy is in CPU memory too: at stage 2 of the weights, at stage 3 of the gradients.
+    offloaded = (states + weights) / nodes
+    reduced, gathered_twice = 2 * weights * _ring(gpus), 3 * weights * _ring(gpus)
+
+    def zero(name: str, file: str, gpu: float, node: float = 0.0) -> Row:
+        sent = gathered_twice if name.startswith("ZeRO-3") else reduced
+        return Row(name, f"ds_configs/{file}.json", gpu, node, sent, 0 if name == "ZeRO-0" else counts)
+
+    def fsdp(name: str, file: str, gpu: float, node: float = 0.0, sent: float = gathered_twice) -> Row:
+        return Row(name, f"accelerate_configs/{file}.yaml", gpu, node, sent, counts)
+
+    # A module's weights and their gradients under ZeRO-3; FSDP has the next block's weights there already.
+    layer = 2 * BF16 * model.largest
+    blocks = BF16 * (model.rest + 2 * model.block + max(model.rest, model.block))
+    result = [
+        zero("ZeRO-0", "zero0", 2 * weights + states),
+        zero("ZeRO-1", "zero1", 2 * weights + states / gpus),
+        zero("ZeRO-2", "zero2", weights + partition),
+        zero("ZeRO-2, CPU offload", "zero2_offload", weights, offloaded),
+        zero("ZeRO-3", "zero3", layer + weights / gpus + partition),
+        zero("ZeRO-3, CPU offload", "zero3_offload", layer + weights / gpus, offloaded),
+        zero("ZeRO-3, NVMe offload", "zero3_nvme", layer + weights / gpus, offloaded),
+        fsdp("FSDP2", "fsdp2", blocks + states / gpus),
+        fsdp("FSDP2, CPU offload", "fsdp2_offload", blocks, states / nodes),
+    ]
+    if nodes > 1:
+        sent = 3 * weights * _ring(inside) + 2 * weights / inside * _ring(nodes)
+        result.append(fsdp("HSDP", "fsdp2_hybrid", blocks + states / inside, sent=sent))
+    return result
+
+
+def _ring(ranks: int) -> float:
+    """Share of a tensor that each rank sends where it is reduce-scattered or all-gathered; twice that to all-reduce."""
+    return (ranks - 1) / ranks
+
+
+def first_fit(planned: list[Row], order: tuple[str, ...], cluster: Cluster) -> Row | None:
+    """The first of the shardings in `order` that leaves the headroom free."""
+    by_name = {row.sharding: row for row in planned}
+    fitting = (by_name[name] for name in order if name in by_name and by_name[name].gpu <= cluster.usable)
+    return next(fitting, None)
+
+
+def show(console: Console, model: Shapes, cluster: Cluster) -> bool:
+    """Print the table and what to use; whether anything fits."""
+    planned = rows(model, cluster)
+    chosen = [first_fit(planned, order, cluster) for order in (DEEPSPEED_ORDER, FSDP_ORDER)]
+    where = f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)} of {cluster.memory:g} GiB"
+    if cluster.nodes > 1:
+        where += f", {cluster.nodes} nodes"
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        title=f"{escape(model.name)}, {model.total / 1e6:,.1f}M parameters, on {where}",
+        caption="GiB. CPU: of each node; under NVMe offload, disk. sent: by each GPU in a step of one micro-batch.\n"
+        "AlphaAdam: bytes that it adds, one all-reduce a step.",
+    )
+    for heading in ("sharding", "GPU", "CPU", "sent", "AlphaAdam", ""):
+        table.add_column(heading, justify="left" if heading in ("sharding", "") else "right", no_wrap=True)
+    for row in planned:
+        fits = "[green]fits[/green]" if row.gpu <= cluster.usable else "[red]too large[/red]"
+        table.add_row(
+            row.sharding, f"{row.gpu / GIB:.2f}", f"{row.node / GIB:.1f}" if row.node else "", f"{row.sent / GIB:.2f}",
+            str(row.counts), "[bold green]use this[/bold green]" if row in chosen else fits,
+        )  # fmt: skip
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    free = cluster.memory * cluster.headroom
+    say(
+        f"\nOf each GPU {free:.1f} GiB are kept free (--headroom {cluster.headroom:g}) for activations, buckets and "
+        f'workspaces, which are not counted. With scope="layer" AlphaAdam\'s share is {LAYER_BYTES * model.tensors:,} '
+        f"bytes, {LAYER_BYTES} for each of {model.tensors} tensors."
+    )
+    for choice in filter(None, chosen):
+        say(f"\n[bold]{choice.sharding}[/bold]")
+        for reader, line in _commands(choice, model, cluster):
+            say(f"  {reader}:\n    {escape(line)}")
+    if not any(chosen):
+        say(
+            f"\n[red]Nothing fits in {cluster.usable / GIB:.1f} GiB a GPU:[/red] give more --gpus, GPUs of more "
+            "--memory, or less --headroom"
+        )
+    return any(chosen)
+
+
+def _commands(row: Row, model: Shapes, cluster: Cluster) -> list[tuple[str, str]]:
+    """For whom and what to type, on the first node, or on each where MACHINE_RANK stands."""
+    many = cluster.nodes > 1
+    if row.config.endswith(".yaml"):
+        words = ["accelerate launch", f"--config_file {_shown(row.config)}", f"--num_processes {cluster.gpus}"]
+        if many:
+            words.append(f"--num_machines {cluster.nodes} --machine_rank $MACHINE_RANK --main_process_ip node1")
+        if row.sharding == "HSDP":
+            words.append(f"--parallelism_config_dp_replicate_size {cluster.nodes}")
+            words.append(f"--parallelism_config_dp_shard_size {cluster.gpus // cluster.nodes}")
+        return [("HF Trainer or Accelerate", " ".join([*words, "train.py"]))]
+    start = f"{'HOSTFILE=hostfile' if many else f'GPUS={cluster.gpus}'} launch/deepspeed.sh train.py"
+    result = [("HF Trainer", f"{start} --deepspeed {_shown(row.config)}")]
+    plain = [f"ds_configs/{model.name.replace('-', '_')}_{cluster.gpus}x{cluster.memory:g}gb.json",
+             row.config.replace(".json", "_plain.json")]  # fmt: skip
+    for name in plain:
+        if _shards_by(name) == _shards_by(row.config):
+            result.append(("deepspeed.initialize", f"{start} --deepspeed_config {_shown(name)}"))
+            break
+    return result
+
+
+def _shards_by(name: str) -> Any:
+    """ZeRO stage and offload device of a config that comes with the library; None where there is no such config."""
+    try:
+        zero = json.loads(config_path(name).read_text())["zero_optimization"]
+    except FileNotFoundError:
+        return None
+    return zero["stage"], zero.get("offload_optimizer", {}).get("device")
+
+
+def _shown(name: str) -> str:
+    """The path to type from the current folder."""
+    path = config_path(name)
+    return os.path.relpath(path) if path.is_relative_to(os.getcwd()) else str(path)

@@ -1,0 +1,107 @@
+"""Bytes of tensors that are alive on this rank while the optimizer steps, under DeepSpeed and FSDP2."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from alphaadam_dist import AlphaAdam
+
+
+def storages() -> dict[int, int]:
+    """The size in bytes of the memory of every tensor that Python can reach, by its address."""
+    tensors = [found for found in gc.get_objects() if isinstance(found, Tensor)]
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    found = {}
+    for tensor in local:
+        if tensor.device.type == "cpu" and not tensor.is_sparse:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
+
+
+def llama() -> nn.Module:
+    """A Llama of 0.6 million parameters, so that what is not model state is small beside it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def _watched(optimizer: Any, before: dict[int, int]) -> list[int]:
+    """What is alive beyond ``before`` whenever the optimizer begins a step: filled as it steps."""
+    seen: list[int] = []
+
+    def look(*_: Any) -> None:
+        seen.append(sum(size for address, size in storages().items() if address not in before))
+
+    optimizer.register_step_pre_hook(look)
+    return seen
+
+
+def _steps(model: Any, backward: Callable[[Tensor], Any], step: Callable[[], Any]) -> None:
+    tokens = torch.arange(16)[None]
+    for _ in range(2):
+        backward(model(input_ids=tokens, labels=tokens).loss)
+        step()
+
+
+def under_zero(stage: int, offload: bool) -> int:
+    """The most bytes alive at the beginning of the second step, whose moments exist."""
+    gc.collect()
+    before = storages()
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "overlap_comm": False,
+            "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
+        },
+        "optimizer": {"type": "AlphaAdam", "params": {"lr": 1e-3}},
+    }  # fmt: skip
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        config["zero_force_ds_cpu_optimizer"] = False
+    model = llama()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    seen = _watched(engine.basic_optimizer, before)
+    _steps(engine, engine.backward, engine.step)
+    engine.destroy()
+    return max(seen[len(seen) // 2 :])
+
+
+def under_fsdp2() -> int:
+    """The same under FSDP2, as Accelerate does it: fp32 shards, bf16 in forward and backward."""
+    gc.collect()
+    before = storages()
+    model = llama()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    optimizer = AlphaAdam(model.named_parameters(), lr=1e-3)
+    seen = _watched(optimizer, before)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    _steps(model, Tensor.backward, step)
+    return seen[-1]
+
+
+def all_of_it() -> dict[str, int]:
+    """By the names that the plan has for them."""
+    result = {"FSDP2": under_fsdp2()}
+    for stage, offload in ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True)):
+        result[f"ZeRO-{stage}{', CPU offload' if offload else ''}"] = under_zero(stage, offload)
+    return result
