@@ -40,7 +40,7 @@ def start(*lines: tuple[list[str], dict[str, str]]) -> None:
 
 def check(folder: Path, local_ranks: list[str]) -> None:
     """Both ranks were there, knew their place, and took the steps of one process."""
-    alpha = two_nodes.steps(two_nodes.linear())
+    alpha = two_nodes.with_torch(two_nodes.linear())
     for rank, local_rank in enumerate(local_ranks):
         said = json.loads((folder / f"{rank}.json").read_text())
         assert said == {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": local_rank, "alpha": alpha}
@@ -55,7 +55,7 @@ def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
 
 
 def test_deepspeed_on_one_node(tmp_path: Path) -> None:
-    start((["launch/deepspeed.sh", SCRIPT, str(tmp_path)], {"GPUS": "2", "MASTER_PORT": free_port()}))
+    start((["launch/deepspeed.sh", SCRIPT, str(tmp_path), "zero"], {"GPUS": "2", "MASTER_PORT": free_port()}))
     check(tmp_path, ["0", "1"])
 
 
@@ -63,15 +63,16 @@ def test_deepspeed_on_two_nodes_without_ssh(tmp_path: Path) -> None:
     """Two names of this machine are two nodes to DeepSpeed."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("# nodes\n127.0.0.1 slots=1\nlocalhost slots=1\n")
-    node = ["launch/deepspeed.sh", SCRIPT, str(tmp_path)]
+    node = ["launch/deepspeed.sh", SCRIPT, str(tmp_path), "zero"]
     variables = {"HOSTFILE": str(hostfile), "MASTER_PORT": free_port()}
     start(*((node, {**variables, "NODE_RANK": str(rank)}) for rank in (0, 1)))
     check(tmp_path, ["0", "0"])
 
 
 def test_mpirun(tmp_path: Path) -> None:
+    """With DeepSpeed, which would ask mpi4py for the ranks if the script did not name them."""
     variables = {"RANKS": "2", "MPI_ARGS": "--oversubscribe --allow-run-as-root", "MASTER_PORT": free_port()}
-    start((["launch/mpirun.sh", SCRIPT, str(tmp_path)], variables))
+    start((["launch/mpirun.sh", SCRIPT, str(tmp_path), "zero"], variables))
     check(tmp_path, ["0", "1"])
 
 

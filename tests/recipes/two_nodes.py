@@ -1,30 +1,33 @@
 """What the launchers start in tests: a model sharded over the ranks takes three steps, and says who it was.
 
-Run as `two_nodes.py FOLDER`: each rank writes FOLDER/RANK.json.
+Run as `two_nodes.py FOLDER` or, under DeepSpeed, `two_nodes.py FOLDER zero`: each rank writes FOLDER/RANK.json.
 """
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from alphaadam_dist import AlphaAdam
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+LR = 1e-2
 
 
-def steps(model: nn.Module) -> float:
+def steps(model: Any, backward: Callable[[Tensor], Any], step: Callable[[], Any], optimizer: AlphaAdam) -> float:
     """alpha after three steps on equal batches."""
-    optimizer = AlphaAdam(model.named_parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        model(torch.randn(4, 5, generator=generator)).square().sum().backward()
-        optimizer.step()
+        backward(model(torch.randn(4, 5, generator=generator)).square().sum())
+        step()
         optimizer.zero_grad()
     alpha = optimizer.alpha
     assert isinstance(alpha, float)
@@ -36,14 +39,33 @@ def linear() -> nn.Module:
     return nn.Linear(5, 7)
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+def with_torch(model: nn.Module) -> float:
+    optimizer = AlphaAdam(model.named_parameters(), lr=LR)
+    return steps(model, Tensor.backward, optimizer.step, optimizer)
+
+
+def with_zero(model: nn.Module) -> float:
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AlphaAdam", "params": {"lr": LR}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return steps(engine, engine.backward, engine.step, engine.basic_optimizer)
+
+
+def main(folder: Path, zero: bool) -> None:
     model = linear()
-    fully_shard(model)
+    if zero:
+        alpha = with_zero(model)
+    else:
+        dist.init_process_group("gloo")
+        fully_shard(model)
+        alpha = with_torch(model)
     said = {name: os.environ[name] for name in VARIABLES}
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps({**said, "alpha": steps(model)}))
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps({**said, "alpha": alpha}))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), zero=sys.argv[2:] == ["zero"])
