@@ -2,10 +2,11 @@
 
 Counted are weights, gradients, fp32 masters and moments, and under ZeRO-3 and FSDP the weights gathered for the layers
 at work. Activations, communication buckets, workspaces and fragmentation are not: a share of the card is kept free for
-them. Every parameter is trained. ZeRO computes in bf16 with fp32 masters; FSDP holds fp32 weights and casts them to
-bf16 layer by layer, as Accelerate does. ZeRO-2 and ZeRO-3 are counted as DeepSpeed's own
-`estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs` count them, plus what these leave
-out and DeepSpeed 0.19.8 allocates: one more bf16 value a parameter at stage 3, and in CPU memory under offload.
+them. Nor are the copies of the model that ranks hold in CPU memory while they load it. Every parameter is trained. ZeRO
+computes in bf16 with fp32 masters; FSDP holds fp32 weights and casts them to bf16 layer by layer, as Accelerate does.
+ZeRO-2 and ZeRO-3 are counted as DeepSpeed's own `estimate_zero2_model_states_mem_needs` and
+`estimate_zero3_model_states_mem_needs` count them, plus what these leave out and DeepSpeed 0.19.8 allocates: one more
+bf16 value a parameter at stage 3, and in CPU memory under offload.
 """
 
 from __future__ import annotations

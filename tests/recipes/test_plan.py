@@ -85,9 +85,9 @@ def test_memory_is_what_is_allocated(ranks2: Ranks):
 
 def test_alphaadams_share_is_what_it_sends(ranks2: Ranks):
     for options, size in (({}, plan.GLOBAL_BYTES), ({"scope": "layer"}, plan.LAYER_BYTES * 5)):
-        run = {"steps": 2, "count_collectives": True}
-        ours = ranks2.run(engine.given, engine.config(2), options, **run)[0]["collectives"][1]
-        adamw = ranks2.run(engine.given, engine.config(2), {}, optimizer="AdamW", **run)[0]["collectives"][1]
+        watched = {"steps": 2, "count_collectives": True}
+        ours = ranks2.run(engine.given, engine.config(2), options, **watched)[0]["collectives"][1]
+        adamw = ranks2.run(engine.given, engine.config(2), {}, optimizer="AdamW", **watched)[0]["collectives"][1]
         for collective in adamw:
             ours.remove(collective)
         assert ours == [("all_reduce", size)]
