@@ -14,7 +14,8 @@ import pytest
 
 from tests.recipes import two_nodes
 
-pytestmark = pytest.mark.slow
+TIMEOUT = 600.0  # DeepSpeed may compile an operation first
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(two_nodes.__file__))
@@ -34,7 +35,11 @@ def start(*lines: tuple[list[str], dict[str, str]]) -> None:
             "DS_ACCELERATOR": "cpu"}  # fmt: skip
     said: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     nodes = [subprocess.Popen(line, env={**base, **variables}, cwd=ROOT, **said) for line, variables in lines]
-    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=TIMEOUT)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # launchers pass it on to their ranks
     assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(outputs)[-5000:]
 
 
