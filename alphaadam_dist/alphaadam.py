@@ -24,7 +24,7 @@ class AlphaAdam(AlphaOptimizer):
         eps: added to the root of the second moment. Per group.
         weight_decay: decoupled, never masked. Per group.
         family: gamma, alpha_max, threshold, alpha_warmup, scope, sync, clip_norm, sharding, process_group, fused,
-            capturable, maximize: see AlphaOptimizer. gamma=1 is AdamW.
+            capturable, maximize, verify_every: see AlphaOptimizer. gamma=1 is AdamW.
 
     Raises:
         TypeError: an unknown option.

@@ -23,7 +23,7 @@ class AlphaLion(AlphaOptimizer):
         betas: weight of the momentum in the direction, and its decay rate. Per group.
         weight_decay: decoupled, never masked; 3 to 10 times larger than AdamW's. Per group.
         family: gamma, alpha_max, threshold, alpha_warmup, scope, sync, clip_norm, sharding, process_group, fused,
-            capturable, maximize: see AlphaOptimizer. gamma=1 is Lion.
+            capturable, maximize, verify_every: see AlphaOptimizer. gamma=1 is Lion.
 
     Raises:
         TypeError: an unknown option.

@@ -26,7 +26,7 @@ class AlphaSGD(AlphaOptimizer):
         weight_decay: decoupled (torch.optim.SGD's is not), never masked. Per group.
         nesterov: step along the gradient plus the decayed momentum. Per group.
         family: gamma, alpha_max, threshold, alpha_warmup, scope, sync, clip_norm, sharding, process_group, fused,
-            capturable, maximize: see AlphaOptimizer. gamma=1 is SGD.
+            capturable, maximize, verify_every: see AlphaOptimizer. gamma=1 is SGD.
 
     Raises:
         TypeError: an unknown option.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import rule
+from . import lost, rule
 from .ownership import Layout, Slot
 
 INITIAL_STATE = [0.0, 1.0, 0.0, 0.0]  # alphaadam_state = [T, alpha, A, C] before the first step
@@ -31,6 +31,7 @@ class Statistics:
         self.gamma, self.alpha_max, self.alpha_warmup = gamma, alpha_max, alpha_warmup
         self.scope, self.sync, self.clip_norm = scope, sync, clip_norm
         self.layout: Layout | None = None
+        self.opened = 0  # steps of this process
         self._memory = torch.tensor(INITIAL_STATE, dtype=torch.float64)
         self._alpha = torch.ones(1, dtype=torch.float64)  # of each row: the open step's, or the last one's
         self._applied = torch.ones((), dtype=torch.float64)  # T of the open step
@@ -41,6 +42,7 @@ class Statistics:
     def open(self, layout: Layout) -> None:
         """A step begins: settle the last one, clear the buffer."""
         self.settle()
+        self.opened += 1
         if layout is not self.layout:
             self.layout = layout
             self._memory, self._alpha = self._memory.to(layout.device), self._alpha.to(layout.device)
@@ -98,7 +100,10 @@ class Statistics:
             buffer, work = self._in_flight
             self._in_flight = None
             if work is not None:
-                work.wait()
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise self._lost(error) from error
             self._remember(self._counts(buffer), self._alpha[0])
 
     def strengths(self, slots: tuple[Slot, ...]) -> Tensor:
@@ -134,7 +139,17 @@ class Statistics:
         assert self.layout is not None
         if self.layout.group is None:
             return None
-        return dist.all_reduce(tensor, group=self.layout.group, async_op=async_op)
+        try:
+            return dist.all_reduce(tensor, group=self.layout.group, async_op=async_op)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> RuntimeError:
+        assert self.layout is not None
+        assert self.layout.group is not None
+        return lost.explained(
+            error, f"all-reduce of the counts of this process's step {self.opened}", self.layout.group
+        )
 
     def _counts(self, buffer: Tensor) -> Tensor:
         assert self.layout is not None

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import kernels, options
+from . import disagreement, kernels, options
 from .counts import INITIAL_STATE, Statistics
 from .gather import Gathered, Owned, gather, local, owned_pieces
 from .kernels.reference import squared_norms
@@ -58,6 +58,9 @@ class AlphaOptimizer(Optimizer):
         capturable: a CUDA graph may hold the step: nothing in it waits for the device, ``step`` lies there too. Needs
             fp32 or fp64 parameters on a GPU, and sync="exact". Give lr as a tensor to change it between replays.
         maximize: ascend.
+        verify_every: every so many steps check that all ranks hold the same statistics and options, from the first on;
+            0 is never, and N must be the same on every rank. One more all-reduce of 16 bytes on those steps, also
+            between replicas, which synchronises.
 
     Raises:
         TypeError: an unknown option.
@@ -92,6 +95,7 @@ class AlphaOptimizer(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         maximize: bool = False,
+        verify_every: int = 0,
         **unknown: Any,
     ) -> None:
         options.refuse_unknown(type(self).__name__, unknown, list(inspect.signature(type(self)).parameters)[1:])
@@ -102,8 +106,8 @@ class AlphaOptimizer(Optimizer):
         defaults = {
             **hyperparameters, "gamma": gamma, "alpha_max": alpha_max, "threshold": threshold,
             "alpha_warmup": alpha_warmup, "scope": scope, "sync": sync, "clip_norm": clip_norm, "maximize": maximize,
-            "capturable": capturable, "fused": fused, "alphaadam_state": INITIAL_STATE,
-            "foreach": None, "differentiable": False, **self.fixed,
+            "capturable": capturable, "fused": fused, "verify_every": verify_every,
+            "alphaadam_state": INITIAL_STATE, "foreach": None, "differentiable": False, **self.fixed,
         }  # fmt: skip
         self._check_group(defaults)
         options.check_shared(defaults)
@@ -327,7 +331,11 @@ class AlphaOptimizer(Optimizer):
                 )
         self._layout = layout
         self._counted = False
-        self._adopt().open(layout)
+        statistics = self._adopt()
+        statistics.open(layout)
+        every = self.defaults["verify_every"]
+        if every and (statistics.opened - 1) % every == 0:
+            disagreement.check(self, layout, statistics)
 
     def close_step(self) -> None:
         """A step of the whole model has been applied."""

@@ -14,7 +14,10 @@ from torch import Tensor
 CAPTURABLE = ("cuda",)
 """Devices whose steps a graph can hold."""
 
-SHARED = ("gamma", "alpha_max", "threshold", "alpha_warmup", "scope", "sync", "clip_norm", "maximize", "capturable")
+SHARED = (
+    "gamma", "alpha_max", "threshold", "alpha_warmup", "scope", "sync", "clip_norm", "maximize", "capturable",
+    "verify_every",
+)  # fmt: skip
 """Options of the whole optimizer: equal in every parameter group, and the constructor's win over a checkpoint's."""
 
 
@@ -33,6 +36,7 @@ class Options(TypedDict, total=False):
     fused: bool | None
     capturable: bool
     maximize: bool
+    verify_every: int
 
 
 def refuse_unknown(kind: str, unknown: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -87,6 +91,9 @@ def check_shared(options: Mapping[str, Any]) -> None:
     check_number("alpha_max", options["alpha_max"], "it must be 1 or more", 1)
     check_number("threshold", options["threshold"], "it must be 0 or more (0 compares signs)", 0)
     check_number("alpha_warmup", options["alpha_warmup"], "it must be 0 (none) or a number of steps", 0)
+    every = options["verify_every"]
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(f"verify_every={every!r}: give a whole number of steps, or 0 for never")
     for name, choices in (("scope", ("global", "layer")), ("sync", ("exact", "delayed"))):
         if options[name] not in choices:
             raise ValueError(f"{name}={options[name]!r} is unknown: give {choices[0]!r} or {choices[1]!r}")

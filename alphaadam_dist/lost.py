@@ -1,0 +1,57 @@
+"""What to say when a collective of AlphaAdam's fails: which one, on which rank, and who of the others is missing.
+
+A backend knows a broken connection or a timeout, not who is to blame: under gloo the neighbours of a rank that died
+notice at once, the rest when those have gone too. So each rank that notices signs a list in the store through which
+the ranks first met, and names those who have not signed. Nothing here runs before something has failed. NCCL ends the
+process itself; its own log then has the collective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+PATIENCE = 5.0  # seconds for the others to notice too
+
+
+def explained(error: RuntimeError, what: str, group: dist.ProcessGroup) -> RuntimeError:
+    """The error to raise in place of ``error``, which ``what`` met. Waits up to ``PATIENCE`` seconds.
+
+    Names ranks by their global numbers.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    here = dist.get_rank()
+    try:
+        silent = _silent(ranks, here, group)
+        if silent:
+            missing = f"not heard from: {people(silent)}, which died, hangs, or waits for one that did"
+        else:
+            missing = "every rank has noticed, so none of them has died yet: the network, or a rank out of step"
+    except RuntimeError:  # dist.DistStoreError too
+        missing = "the store through which the ranks met is gone as well: rank 0, or its launcher, died"
+    return RuntimeError(
+        f"AlphaAdam's {what} failed on rank {here} of {people(ranks)}; {missing}. The first error in the logs of all "
+        f"ranks counts: {error}"
+    )
+
+
+def people(ranks: Sequence[int]) -> str:
+    """rank 3; ranks 0, 1, 2; and of many only the first."""
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}" + (f", ... ({len(ranks)})" if len(ranks) > 8 else "")
+
+
+def _silent(ranks: Sequence[int], here: int, group: dist.ProcessGroup) -> list[int]:
+    """Sign, and wait for the others to sign: the ranks that have not."""
+    store = dist.distributed_c10d._get_default_store()
+    deadline = time.monotonic() + PATIENCE
+    name = f"alphaadam/lost/{group.group_name}"
+    store.set(f"{name}/{here}", "noticed")
+    silent = [rank for rank in ranks if rank != here]
+    while True:
+        silent = [rank for rank in silent if not store.check([f"{name}/{rank}"])]
+        if not silent or time.monotonic() > deadline:
+            return silent
+        time.sleep(0.1)
