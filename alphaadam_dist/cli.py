@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from alphaadam_dist.training import presets
+from alphaadam_dist.training.launch import Stopped
 from alphaadam_dist.training.runs import open_run
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
 
@@ -111,6 +112,8 @@ def train(
 
     Without options: a small Llama on the standard library's own source, at ZeRO-2, in a few minutes without a GPU.
 
+    SIGTERM saves at the end of the step and exits with 143; Ctrl-C ends at once, with 130. --resume goes on.
+
     [bold]Examples[/bold]
 
       alphaadam train
@@ -146,6 +149,10 @@ def train(
     except KeyboardInterrupt:
         console.print("\nInterrupted. The same command with --resume goes on from the last checkpoint.")
         raise typer.Exit(130) from None
+    except Stopped as stopped:
+        done = "saved" if stopped.saved else "the ranks ended before they had saved"
+        console.print(f"\nStopped by SIGTERM: {done}. The same command with --resume goes on from the last checkpoint.")
+        raise typer.Exit(143) from None
     except ImportError as error:
         raise _failure(f"{error}; training needs pip install 'alphaadam-dist[deepspeed,hf]'") from None
     except (ValueError, RuntimeError) as error:

@@ -13,10 +13,14 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+class RankLost(RuntimeError):
+    """A rank failed, and this says which did not."""
+
+
 PATIENCE = 5.0  # seconds for the others to notice too
 
 
-def explained(error: RuntimeError, what: str, group: dist.ProcessGroup) -> RuntimeError:
+def explained(error: RuntimeError, what: str, group: dist.ProcessGroup) -> RankLost:
     """The error to raise in place of ``error``, which ``what`` met. Waits up to ``PATIENCE`` seconds.
 
     Names ranks by their global numbers.
@@ -28,10 +32,10 @@ def explained(error: RuntimeError, what: str, group: dist.ProcessGroup) -> Runti
         if silent:
             missing = f"not heard from: {people(silent)}, which died, hangs, or waits for one that did"
         else:
-            missing = "every rank has noticed, so none of them has died yet: the network, or a rank out of step"
+            missing = "all other ranks have failed too"
     except RuntimeError:  # dist.DistStoreError too
         missing = "the store through which the ranks met is gone as well: rank 0, or its launcher, died"
-    return RuntimeError(
+    return RankLost(
         f"AlphaAdam's {what} failed on rank {here} of {people(ranks)}; {missing}. The first error in the logs of all "
         f"ranks counts: {error}"
     )

@@ -1,11 +1,14 @@
-"""Trainer callbacks: what AlphaAdam's masks did in every log, the log file, and the mark of a whole checkpoint.
+"""Trainer callbacks: what AlphaAdam's masks did in every log, the log file, whole checkpoints, and a stop in time.
 
 `AlphaMetrics` must stand before the callbacks that write logs out: it adds its numbers to the entry they receive.
 """
 
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alphaadam_dist.training import checkpoints, metrics
@@ -59,4 +62,26 @@ class CheckpointMarker(TrainerCallback):
     ) -> TrainerControl:
         """Wait for the other ranks, then record every file with them."""
         checkpoints.mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        return control
+
+
+class SaveAndStop(TrainerCallback):
+    """Saves at the end of the step and stops, once any rank was asked to.
+
+    The ranks agree at the end of every step, in an all-reduce of one number: they must save together. The log gets an
+    entry for the steps since the last one, so a curve averaged over several steps has one point more.
+    """
+
+    def __init__(self, asked: Event) -> None:
+        self.asked = asked
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask the other ranks."""
+        asked = torch.tensor(int(self.asked.is_set()), device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if bool(asked):
+            control.should_log = control.should_save = control.should_training_stop = True
         return control

@@ -1,10 +1,11 @@
 """One rank of a training run. The launcher starts it as `python -m alphaadam_dist.training.job RUN OPTIMIZER`.
 
 It reads the run's settings, goes on from the last complete checkpoint if there is one, trains, and leaves in
-RUN/OPTIMIZER: `metrics.jsonl`, `tensorboard/` and the checkpoints.
+RUN/OPTIMIZER: `metrics.jsonl`, `tensorboard/` and the checkpoints. SIGTERM to any rank saves and stops all of them.
 """
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -17,35 +18,48 @@ TIED_TO_PARENT = "ALPHAADAM_TIED_TO_PARENT"
 def main() -> None:
     """Run this rank."""
     run, optimizer = Path(sys.argv[1]), sys.argv[2]
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
     if os.environ.get(TIED_TO_PARENT):
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
-    train(run, optimizer)
+        threading.Thread(target=_follow_parent, args=(asked_to_stop,), daemon=True).start()
+    train(run, optimizer, asked_to_stop)
 
 
-def _exit_with_parent() -> None:
-    """End when standard input does. Its other end is held by `alphaadam train`, so that a rank whose parent was
-    killed cannot train on unseen and write into a folder that the next start resumes."""
-    os.read(0, 1)
+def _follow_parent(asked_to_stop: threading.Event) -> None:
+    """Stop when `alphaadam train`, at the other end of standard input, writes a byte; end at once when it ends.
+
+    The ranks share the pipe, and one of them gets the byte. A rank whose parent was killed must not train on unseen
+    and write into a folder that the next start resumes.
+    """
+    while os.read(0, 1):
+        asked_to_stop.set()
     os._exit(1)
 
 
-def train(run: Path, optimizer: str) -> None:
-    """Train with one optimizer until the run's last step."""
+def train(run: Path, optimizer: str, asked_to_stop: threading.Event) -> None:
+    """Train with one optimizer until the run's last step, or until asked to stop.
+
+    Raises RuntimeError where the ranks lose each other, with the ranks that are missing.
+    """
     import torch
+    import torch.distributed as dist
     from torch.utils.tensorboard import SummaryWriter
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
     from transformers.integrations import TensorBoardCallback
 
+    from alphaadam_dist import lost
     from alphaadam_dist.training import checkpoints, fsdp, metrics
-    from alphaadam_dist.training.callbacks import AlphaMetrics, CheckpointMarker, JsonlLog
+    from alphaadam_dist.training.callbacks import AlphaMetrics, CheckpointMarker, JsonlLog, SaveAndStop
     from alphaadam_dist.training.corpus import load_corpus
     from alphaadam_dist.training.data import collate, token_blocks
     from alphaadam_dist.training.ds_config import load_ds_config
     from alphaadam_dist.training.models import load_model, load_tokenizer
+    from alphaadam_dist.training.trainer import WholeBatches
 
     settings = Settings.load(run)
     folder = run / optimizer
     steps = settings.steps
+    blocks, times = settings.share(int(os.environ["WORLD_SIZE"]))
     cuda = torch.cuda.is_available()
     bf16 = cuda and torch.cuda.is_bf16_supported()
     if settings.fsdp:
@@ -56,7 +70,8 @@ def train(run: Path, optimizer: str) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=blocks,
+        gradient_accumulation_steps=times,
         per_device_eval_batch_size=settings.batch,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine",
@@ -97,12 +112,12 @@ def train(run: Path, optimizer: str) -> None:
     checkpoint = checkpoints.take_up(folder)
     resumed_step = checkpoints.step_of(checkpoint)
     log = folder / metrics.FILE_NAME
-    callbacks = [AlphaMetrics(), CheckpointMarker()]
+    callbacks = [AlphaMetrics(), CheckpointMarker(), SaveAndStop(asked_to_stop)]
     if arguments.process_index == 0:
         metrics.truncate(log, resumed_step)
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
         callbacks += [JsonlLog(log), TensorBoardCallback(writer)]
-    trainer = Trainer(
+    trainer = WholeBatches(
         model=model,
         args=arguments,
         data_collator=collate,
@@ -112,8 +127,15 @@ def train(run: Path, optimizer: str) -> None:
         callbacks=callbacks,
         optimizer_cls_and_kwargs=fsdp.optimizer(OPTIMIZERS[optimizer], arguments) if settings.fsdp else None,
     )
-    with checkpoints.naming_failed_saves(folder):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with checkpoints.naming_failed_saves(folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except lost.RankLost:
+        raise
+    except RuntimeError as error:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise lost.explained(error, "training", dist.group.WORLD) from error
+        raise
 
 
 if __name__ == "__main__":

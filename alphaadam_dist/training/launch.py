@@ -1,7 +1,9 @@
 """Start the ranks of a run through its launcher, and stay with them until they end."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,8 +14,17 @@ from alphaadam_dist.training.job import TIED_TO_PARENT
 from alphaadam_dist.training.settings import Settings
 
 LOG_NAME = "train.log"
+_RESTARTS = 1  # a rank may die; a mistake in the settings should not take long to show
 _POLL_SECONDS = 0.25
 _TAIL_LINES = 30
+
+
+class Stopped(Exception):
+    """SIGTERM came, and the ranks have ended. ``saved``: they ended well, so the step they stopped at is saved."""
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__("SIGTERM")
+        self.saved = saved
 
 
 class LaunchError(RuntimeError):
@@ -28,14 +39,31 @@ def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
     if launcher is None:
         raise ImportError(f"the {name} launcher is not installed")
     if settings.fsdp:
-        ranks = ["--standalone", "--nproc-per-node", str(settings.gpus)]
+        ranks = ["--standalone", "--nproc-per-node", str(settings.gpus), "--max-restarts", str(_RESTARTS)]
     else:
         ranks = ["--num_gpus", str(settings.gpus), "--master_port", str(_free_port()), "--no_local_rank"]
     return [launcher, *ranks, "--module", "alphaadam_dist.training.job", str(run), optimizer]
 
 
 def launch(line: list[str], folder: Path, settings: Settings, while_running: Callable[[], None]) -> None:
-    """Run the command line, calling `while_running` a few times a second; the ranks' output goes to a log."""
+    """Run the command line, calling `while_running` a few times a second; the ranks' output goes to a log.
+
+    SIGTERM to this process is handed to the ranks through their standard input, because the launchers would kill them
+    soon after: they save and stop.
+
+    Raises:
+        Stopped: SIGTERM came.
+        LaunchError: the ranks failed.
+    """
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(process.stdin.fileno(), b"s")
+
     log_path = folder / LOG_NAME
     threads = max(1, (os.cpu_count() or 1) // settings.gpus)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, TIED_TO_PARENT: "1"}
@@ -43,6 +71,7 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
         open(log_path, "a") as log,
         subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,
     ):
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             while process.poll() is None:
                 while_running()
@@ -53,7 +82,10 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
         finally:
             # On an interrupt the ranks must be gone before the run's folder is released.
             process.terminate()
+            signal.signal(signal.SIGTERM, before)
         while_running()
+    if stopping:
+        raise Stopped(saved=process.returncode == 0)
     if process.returncode != 0:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
         raise LaunchError(f"training in {folder} failed (exit code {process.returncode}):\n\n{tail}\n\n{log_path}")

@@ -29,7 +29,8 @@ def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Pat
             raise ValueError(f"a training is still running in {run}: wait for it, or choose another --out") from None
         if (run / FILE_NAME).exists():
             settings.check_resumes(run)
-        settings.save(run)
+        else:
+            settings.save(run)
         yield run
 
 

@@ -66,12 +66,40 @@ class Settings:
         """Read the settings of the run in this folder."""
         return cls(**json.loads((run / FILE_NAME).read_text()))
 
+    def share(self, ranks: int) -> tuple[int, int]:
+        """Blocks a rank takes at a time, and how many times before a step, so that a step's batch is always the same.
+
+        The batch is what the run was started with, ``gpus * batch``. No rank takes more than ``batch`` blocks at a
+        time, which is what its memory is known to hold. Raises ValueError where the ranks cannot share it equally.
+        """
+        whole = self.gpus * self.batch
+        if whole % ranks:
+            raise ValueError(
+                f"--gpus is {ranks}, but a step of this run takes {whole} blocks, which {ranks} ranks cannot share "
+                f"equally: give a divisor of {whole}"
+            )
+        each = whole // ranks
+        times = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= self.batch)
+        return each // times, times
+
     def check_resumes(self, run: Path) -> None:
-        """Refuse to go on with a run under settings other than its own: the curve would be neither run's."""
+        """Refuse to go on with a run under settings other than its own: the curve would be neither run's.
+
+        Only the number of ranks may change, under FSDP2: its checkpoints load on any number, and `share` keeps the
+        batch.
+        """
         started = self.load(run)
         for field in fields(self):
             was, now = getattr(started, field.name), getattr(self, field.name)
-            if was != now:
+            if field.name == "gpus" and was != now:
+                if not self.fsdp:
+                    raise ValueError(
+                        f"--gpus is {now}, but the run in {run} was started with {was}, and a ZeRO checkpoint is for "
+                        f"the number of ranks that wrote it: give --gpus {was} to go on, or make it a universal "
+                        "checkpoint (docs/deepspeed.md). Runs with --fsdp may change --gpus"
+                    )
+                started.share(now)
+            elif was != now:
                 raise ValueError(
                     f"--{field.name} is {now}, but the run in {run} was started with {was}: "
                     f"give --{field.name} {was} to go on, or another --out to start afresh"

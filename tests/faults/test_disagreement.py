@@ -118,5 +118,5 @@ def test_zero_checks_too(ranks2: Ranks, stage: int) -> None:
 
 @pytest.mark.parametrize("value", [-1, True, 1.5, "10", None])
 def test_a_wrong_value_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="verify_every=.* give a whole number of steps, or 0 for never"):
+    with pytest.raises(ValueError, match=r"verify_every=.* give a whole number of steps, or 0 for never"):
         AlphaAdam([nn.Parameter(torch.zeros(2))], verify_every=value)
