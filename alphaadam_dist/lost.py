@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+
 class RankLost(RuntimeError):
     """A rank failed, and this says which did not."""
 

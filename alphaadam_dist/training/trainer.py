@@ -17,5 +17,7 @@ class WholeBatches(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         whole = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         if len(dataset) < whole:
-            raise ValueError(f"--data has {len(dataset)} blocks, a step takes {whole}: give more text or a smaller --batch")
+            raise ValueError(
+                f"--data has {len(dataset)} blocks, a step takes {whole}: give more text or a smaller --batch"
+            )
         return RandomSampler(dataset, num_samples=len(dataset) // whole * whole)

@@ -73,23 +73,6 @@ def test_a_killed_job_resumes_as_if_nothing_had_happened(text: Path, cache: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_fsdp_resumes_as_if_it_had_never_stopped(text: Path, cache: Path, tmp_path: Path):
-    command = _command(text, tmp_path / "run", "--no-compare", "--fsdp")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "run" / "alphaadam"
-    whole = _curve(folder)
-    assert [step for step, _, _ in whole] == list(range(1, STEPS + 1))
-
-    shutil.rmtree(folder / f"checkpoint-{STEPS}")
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=900)
-    assert again.returncode == 0, again.stderr
-    assert "AlphaAdam goes on from step" in again.stdout
-    assert _curve(folder) == whole
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_pretrained_model_from_a_local_folder_trains_at_zero_3(text: Path, cache: Path, tmp_path: Path):
     tokenizer = byte_level_bpe(load_corpus(str(text)), 300)
     tokenizer.save_pretrained(tmp_path / "model")
