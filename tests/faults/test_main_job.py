@@ -36,7 +36,9 @@ class Job:
     def start(self, *more: str, fault: str | None = None) -> subprocess.Popen:
         alphaadam = [str(Path(sys.executable).parent / "alphaadam")]
         command = alphaadam if fault is None else [sys.executable, "-m", "tests.faults.faulty_job"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALPHAADAM_CACHE": str(self.cache)} | (
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALPHAADAM_CACHE": str(self.cache)}
+        if fault is not None:
+            environment["FAULT"] = fault
             {} if fault is None else {"FAULT": fault}
         )
         return subprocess.Popen(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def giants(steps: Gradients) -> None:
 
 def conflict_everywhere(steps: Gradients) -> None:
     """All but one coordinate turn around: A = 1, so C / A is as large as the model."""
-    for before, step in zip(steps[:-1], steps[1:], strict=True):
+    for before, step in pairwise(steps):
         for name, grad in step.items():
             grad.copy_(-10 * before[name])
         step["one"].neg_()

@@ -1,0 +1,89 @@
+"""Three ranks take steps until one of them is lost; what the others then say. Run as `losing_ranks.py`, once.
+
+All cases run at the same time, in processes forked from one that has imported everything. Prints a JSON object: case ->
+rank -> the error, for every rank that could still say something.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from alphaadam_dist import AlphaAdam, lost
+
+WORLD = 3
+LOST_AT = 3
+# case: (the lost rank, whether it dies or hangs, the optimizer's options)
+CASES: dict[str, tuple[int, bool, dict[str, Any]]] = {
+    "killed": (1, True, {"sharding": "sharded"}),
+    "killed-delayed": (1, True, {"sharding": "sharded", "sync": "delayed"}),
+    "killed-replica": (1, True, {"verify_every": 1}),
+    "killed-host-of-the-store": (0, True, {"sharding": "sharded"}),
+    "hung": (1, False, {"sharding": "sharded"}),
+}
+
+
+def rank(case: str, here: int, port: int, say: Connection) -> None:
+    who, dies, options = CASES[case]
+    torch.set_num_threads(1)
+    lost.PATIENCE = 2.0
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=8)
+    dist.init_process_group("gloo", init_method=address, rank=here, world_size=WORLD, timeout=timeout)
+    param = nn.Parameter(torch.ones(5))
+    optimizer = AlphaAdam([param], **options)
+    try:
+        for step in range(10):
+            if step == LOST_AT and here == who:
+                if dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(100)
+            param.grad = torch.ones(5)
+            optimizer.step()
+    except RuntimeError as error:
+        say.send(f"{type(error).__name__}: {error}")
+        time.sleep(5)  # so that no rank hears of this one's end before it hears of the lost one's
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    context = multiprocessing.get_context("fork")
+    heard: dict[str, dict[int, Any]] = {}
+    started = []
+    for case in CASES:
+        port, heard[case] = free_port(), {}
+        for here in range(WORLD):
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=rank, args=(case, here, port, theirs))
+            process.start()
+            theirs.close()
+            started.append(process)
+            heard[case][here] = mine
+    deadline = time.monotonic() + 120
+    said: dict[str, dict[int, str]] = {case: {} for case in CASES}
+    for case, (who, *_) in CASES.items():
+        for here, connection in heard[case].items():
+            if here != who and connection.poll(max(0.0, deadline - time.monotonic())):
+                said[case][here] = connection.recv()
+    for process in started:
+        process.kill()
+    json.dump(said, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
