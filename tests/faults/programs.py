@@ -112,7 +112,7 @@ def _program(regime: str, world: int, seed: int, data: st.DataObject) -> Program
         shapes=tuple(shapes),
         group_of=tuple(draw(st.lists(st.integers(0, 2), min_size=len(shapes), max_size=len(shapes)))),
         hyper=tuple(draw(st.lists(hyper, min_size=3, max_size=3))),
-        late=not zero and draw(st.booleans()),
+        late=not zero and regime != "stages" and draw(st.booleans()),  # every rank must add the group
         options=options,
         steps=steps,
         absent=0.0 if zero else draw(st.sampled_from([0.0, 0.3])),  # ZeRO makes zeros of missing gradients
