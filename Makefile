@@ -2,7 +2,7 @@
 #   make train                  the main job: AlphaAdam and AdamW side by side, on this machine
 #   make train ARGS=--resume    go on after an interruption
 #   make bench                  what a step costs, beside AdamW and its peers
-#   make test | test-fast | test-older | test-torchtitan | test-nvme | lint | setup
+#   make test | test-fast | test-nightly | test-older | test-torchtitan | test-nvme | lint | setup
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -18,7 +18,7 @@ TITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1 torchdat
     docstring_parser==0.18.0 typeguard==4.6.0
 TITAN_IN := .torchtitan
 
-.PHONY: setup train bench test test-fast test-older test-torchtitan test-nvme lint
+.PHONY: setup train bench test test-fast test-nightly test-older test-torchtitan test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -40,6 +40,10 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not nvme and not torchtitan" $(ARGS)
+
+# A thousand random programs, new every time; a failure prints the line that repeats it.
+test-nightly: setup
+	PROGRAMS=1000 $(BIN)/python -m pytest tests/faults/test_programs.py $(ARGS)
 
 # Laid over the environment, so that the rest stays as it is.
 test-older: setup

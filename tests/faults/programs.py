@@ -103,6 +103,7 @@ def _program(regime: str, world: int, seed: int, data: st.DataObject) -> Program
         "alpha_warmup": draw(st.sampled_from([0, 4])),
         "clip_norm": draw(st.sampled_from([None, 1.0])) if sync == "exact" and not zero else None,
         "maximize": draw(st.booleans()),
+        "fused": draw(st.booleans()),
         "verify_every": draw(st.sampled_from([0, 1, 2])),
     }
     steps = draw(st.integers(2, 7))
@@ -190,9 +191,11 @@ def run(program: Program, *, alone: bool = False) -> dict[str, Any]:
 
 def run_rule(program: Program) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """The definition itself: the counts of every step that had evidence, and the parameters."""
-    options = {key: value for key, value in program.options.items() if key != "verify_every"}
+    options = {key: value for key, value in program.options.items() if key not in ("verify_every", "fused")}
     model = {
-        name: rule.Coordinates(value, torch.zeros_like(value), torch.zeros_like(value), **program.hyper[group])
+        name: rule.Coordinates(
+            value, [torch.zeros_like(value), torch.zeros_like(value)], {**program.hyper[group], "step": 0.0}
+        )
         for (name, value), group in zip(program.values().items(), program.group_of, strict=True)
     }
     memory, counts = rule.Memory(), []

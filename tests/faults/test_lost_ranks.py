@@ -30,7 +30,9 @@ def test_the_others_say_who_is_missing(said: dict[str, dict[str, str]], case: st
     assert set(said[case]) == {"0", "2"}
     for rank, error in said[case].items():
         # a delayed step may be under way still where the next one begins
-        assert re.match(rf"RankLost: AlphaAdam.s {what} this process.s step [{LOST_AT}{LOST_AT + 1}] failed on rank {rank} ", error)
+        assert re.match(
+            rf"RankLost: AlphaAdam.s {what} this process.s step [{LOST_AT}{LOST_AT + 1}] failed on rank {rank} ", error
+        )
         assert "of ranks 0, 1, 2; not heard from: rank 1, which died, hangs, or waits" in error
     if case == "hung":
         assert all("Timed out" in error for error in said[case].values())

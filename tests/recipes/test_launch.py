@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alphaadam_dist.training.launch import LaunchError, command, launch
+from alphaadam_dist.training.launch import LaunchError, Stopped, command, launch
 from tests.recipes.test_runs import SETTINGS
 
 
@@ -24,7 +24,7 @@ def test_the_command_line_is_deepspeeds_own(tmp_path: Path):
 def test_fsdp_is_started_by_torchrun(tmp_path: Path):
     line = command(tmp_path, "alphaadam", replace(SETTINGS, zero=None, fsdp=True, gpus=3))
     assert Path(line[0]).name == "torchrun"
-    assert line[1:4] == ["--standalone", "--nproc-per-node", "3"]
+    assert line[1:6] == ["--standalone", "--nproc-per-node", "3", "--max-restarts", "1"]
     assert line[-4:] == ["--module", "alphaadam_dist.training.job", str(tmp_path), "alphaadam"]
 
 
@@ -49,10 +49,28 @@ def test_an_interrupt_ends_the_ranks(tmp_path: Path):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize(("code", "saved"), [(0, True), (3, False)])
+def test_sigterm_reaches_the_ranks_through_their_standard_input(tmp_path: Path, code: int, saved: bool):
+    rank = (
+        "import os, sys, threading; from alphaadam_dist.training.job import _follow_parent; asked = threading.Event(); "
+        "threading.Thread(target=_follow_parent, args=(asked,), daemon=True).start(); "
+        f"sys.exit({code} if asked.wait(100) else 9)"
+    )
+
+    def stop() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        launch([sys.executable, "-c", rank], tmp_path, SETTINGS, stop)
+    assert stopped.value.saved == saved
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path):
     rank = (
-        "import os, pathlib, threading, time; from alphaadam_dist.training.job import _exit_with_parent; "
-        "threading.Thread(target=_exit_with_parent, daemon=True).start(); "
+        "import os, pathlib, threading, time; from alphaadam_dist.training.job import _follow_parent; "
+        "threading.Thread(target=_follow_parent, args=(threading.Event(),), daemon=True).start(); "
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(100)"
     )
     parent_code = (

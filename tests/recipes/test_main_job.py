@@ -37,6 +37,7 @@ def _command(text: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_killed_job_resumes_as_if_nothing_had_happened(text: Path, cache: Path, tmp_path: Path):
+    """First the command is killed, and the ranks with it; then one rank, in the middle of the all-reduce."""
     out, calm = tmp_path / "run", tmp_path / "calm"
     with subprocess.Popen(_command(text, out, "--no-compare"), stdout=subprocess.DEVNULL) as killed:
         deadline = time.monotonic() + 240
@@ -45,6 +46,12 @@ def test_a_killed_job_resumes_as_if_nothing_had_happened(text: Path, cache: Path
             assert time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
         killed.send_signal(signal.SIGKILL)
+    faulty = [sys.executable, "-m", "tests.faults.faulty_job", *_command(text, out, "--no-compare", "--resume")[1:]]
+    environment = {**os.environ, "FAULT": f"all-reduce:1:2:{tmp_path}"}
+    lost = subprocess.run(faulty, capture_output=True, text=True, timeout=900, env=environment)
+    assert lost.returncode == 1, lost.stderr
+    assert "all-reduce of the counts of this process's step 2 failed on rank 0 of ranks 0, 1" in lost.stderr
+    assert "not heard from: rank 1, which died" in lost.stderr
     resumed = subprocess.run(
         _command(text, out, "--no-compare", "--resume"), capture_output=True, text=True, timeout=900
     )

@@ -94,3 +94,39 @@ def test_two_trainings_in_one_folder_are_refused(tmp_path: Path):
         open_run(tmp_path, True, SETTINGS),
     ):
         pass
+
+
+FSDP = replace(SETTINGS, zero=None, fsdp=True)
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(2, (8, 1)), (1, (8, 2)), (4, (4, 1)), (8, (2, 1)), (16, (1, 1))])
+def test_any_number_of_ranks_takes_the_batch_that_the_run_was_started_with(ranks: int, share: tuple[int, int]):
+    blocks, times = SETTINGS.share(ranks)
+    assert (blocks, times) == share
+    assert ranks * blocks * times == SETTINGS.gpus * SETTINGS.batch
+
+
+def test_no_rank_takes_more_blocks_at_a_time_than_before():
+    assert replace(SETTINGS, gpus=3, batch=5).share(1) == (5, 3)
+    assert replace(SETTINGS, gpus=3, batch=4).share(2) == (3, 2)
+
+
+def test_fsdp_resumes_on_another_number_of_ranks_and_remembers_the_first(tmp_path: Path):
+    for gpus in (2, 1, 4):
+        with open_run(tmp_path, gpus != 2, replace(FSDP, gpus=gpus)):
+            pass
+    assert Settings.load(tmp_path) == FSDP
+
+
+@pytest.mark.parametrize(
+    ("started", "gpus", "message"),
+    [
+        (FSDP, 3, "--gpus is 3, but a step of this run takes 16 blocks, .* give a divisor of 16"),
+        (SETTINGS, 1, "--gpus is 1, but the run in .* was started with 2, and a ZeRO checkpoint .* give --gpus 2"),
+    ],
+)
+def test_ranks_that_cannot_go_on_are_refused(started: Settings, gpus: int, message: str, tmp_path: Path):
+    with open_run(tmp_path, False, started):
+        pass
+    with pytest.raises(ValueError, match=message), open_run(tmp_path, True, replace(started, gpus=gpus)):
+        pass
