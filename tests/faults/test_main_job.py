@@ -39,8 +39,6 @@ class Job:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALPHAADAM_CACHE": str(self.cache)}
         if fault is not None:
             environment["FAULT"] = fault
-            {} if fault is None else {"FAULT": fault}
-        )
         return subprocess.Popen(
             [*command, *self.arguments, *more],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT,
