@@ -21,7 +21,7 @@ class RankLost(RuntimeError):
 PATIENCE = 5.0  # seconds for the others to notice too
 
 
-def explained(error: RuntimeError, what: str, group: dist.ProcessGroup) -> RankLost:
+def explained(error: RuntimeError, what: str, group: dist.ProcessGroup | None) -> RankLost:
     """The error to raise in place of ``error``, which ``what`` met. Waits up to ``PATIENCE`` seconds.
 
     Names ranks by their global numbers.
@@ -29,7 +29,7 @@ def explained(error: RuntimeError, what: str, group: dist.ProcessGroup) -> RankL
     ranks = dist.get_process_group_ranks(group)
     here = dist.get_rank()
     try:
-        silent = _silent(ranks, here, group)
+        silent = _silent(ranks, here)
         if silent:
             missing = f"not heard from: {people(silent)}, which died, hangs, or waits for one that did"
         else:
@@ -48,15 +48,14 @@ def people(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}" + (f", ... ({len(ranks)})" if len(ranks) > 8 else "")
 
 
-def _silent(ranks: Sequence[int], here: int, group: dist.ProcessGroup) -> list[int]:
-    """Sign, and wait for the others to sign: the ranks that have not."""
+def _silent(ranks: Sequence[int], here: int) -> list[int]:
+    """Sign, and wait for the others to sign: the ranks that have not. One list, whatever a rank was doing."""
     store = dist.distributed_c10d._get_default_store()
     deadline = time.monotonic() + PATIENCE
-    name = f"alphaadam/lost/{group.group_name}"
-    store.set(f"{name}/{here}", "noticed")
+    store.set(f"alphaadam/lost/{here}", "noticed")
     silent = [rank for rank in ranks if rank != here]
     while True:
-        silent = [rank for rank in silent if not store.check([f"{name}/{rank}"])]
+        silent = [rank for rank in silent if not store.check([f"alphaadam/lost/{rank}"])]
         if not silent or time.monotonic() > deadline:
             return silent
         time.sleep(0.1)
