@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import subprocess
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def job(run: str, cache: str, largest_file: int | None = None) -> list[str]:
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
         try:
-            train(Path(run), "alphaadam")
+            train(Path(run), "alphaadam", threading.Event())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return [str(warning.message) for warning in caught]
