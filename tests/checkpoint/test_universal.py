@@ -133,7 +133,8 @@ def assert_goes_on(ranks: list[dict[str, Any]], straight: dict[str, Any]) -> Non
         assert resumed["state_loaded"] == straight["state_saved"]
         assert resumed["state_loaded"][0][0] == SAVED_AFTER
         # one coordinate whose gradient is rounding noise may change its vote: much in a layer of 32, little in a model
-        assert alphas_apart([alpha for alpha, _ in resumed["seen"]], straight) < 0.3
+        bar = 0.3 if isinstance(straight["seen"][0][0], dict) else 1e-3
+        assert alphas_apart([alpha for alpha, _ in resumed["seen"]], straight) < bar
         assert resumed["steps"] == straight["steps"] == {STEPS}
         assert resumed["decay"] == straight["decay"] == [0.1, 0.0]
         assert deviation(resumed["params"], straight["params"]) < 1e-5
