@@ -94,7 +94,7 @@ def trained(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found = engine.basic_optimizer
         seen.append(
             {
-                "optimizer": f"{type(found).__module__}.{type(found).__qualname__}",
+                "optimizer": f"{type(found).__module__.partition('.')[0]}.{type(found).__qualname__}",
                 "steps": engine.global_steps,
                 "decay": sorted({group["weight_decay"] for group in found.param_groups}),
                 "counted": sum(found.agreement[kind] for kind in ("agree", "conflict"))
@@ -176,13 +176,13 @@ def test_deepspeed_understands_each_file_and_trains_with_it():
             assert found["bf16"] == (kind == "plain"), name
 
     for name, found in zip(names, seen, strict=False):
-        assert found["optimizer"] == "alphaadam_dist.optimizer.AlphaAdam", name
+        assert found["optimizer"] == "alphaadam_dist.AlphaAdam", name
         assert found["steps"] == 2, name
         assert found["counted"] > 0.9 * (8 * 8 + 3 * 8), name
         if LLAMA.fullmatch(name):
             assert found["decay"] == [0.0, 0.1], name
             assert found["accumulated in"] == "torch.float32", name
-    assert [found["optimizer"] for found in seen[len(names) :]] == ["torch.optim.adamw.AdamW"] * len(FOR_HF)
+    assert [found["optimizer"] for found in seen[len(names) :]] == ["torch.AdamW"] * len(FOR_HF)
 
 
 def first_choice(gpus: int, memory: float) -> int:
@@ -209,7 +209,7 @@ def test_the_nvme_file_trains(tmp_path: Path):
     config = json.loads((FOLDER / NVME).read_text())
     config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path)
     _, (found,) = deepspeed_on([config], seconds=3000)
-    assert (found["optimizer"], found["steps"]) == ("alphaadam_dist.optimizer.AlphaAdam", 2)
+    assert (found["optimizer"], found["steps"]) == ("alphaadam_dist.AlphaAdam", 2)
 
 
 if __name__ == "__main__":
