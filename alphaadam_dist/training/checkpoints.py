@@ -1,8 +1,8 @@
 """Which checkpoint to go on from: the last one that is whole, and whose files are still as they were written.
 
-torch.load, through which DeepSpeed and DCP read, takes a file with a flipped bit without a word. So once every rank has written its part,
-size and CRC-32 of every file are recorded in the checkpoint, and compared before anything is loaded. Reading is shared
-between the ranks where there are several.
+torch.load, through which DeepSpeed and DCP read, takes a file with a flipped bit without a word. So once every rank has
+written its part, size and CRC-32 of every file are recorded in the checkpoint, and compared before anything is loaded.
+Reading is shared between the ranks where there are several.
 """
 
 import json
