@@ -54,6 +54,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"capturable": 1}, "capturable=1", "True or False"),
     ({"capturable": True, "sync": "delayed"}, "capturable=True", "sync='exact'"),
     ({"capturable": True, "fused": False}, "fused=False", "fused=None"),
+    ({"capturable": True, "verify_every": 5}, "verify_every=5", "verify_every=0"),
 ]
 
 
