@@ -120,8 +120,8 @@ def check_shared(options: Mapping[str, Any]) -> None:
         )
     if options["capturable"] and options["verify_every"]:
         raise ValueError(
-            f"capturable=True with verify_every={options['verify_every']!r}: the check reads values on the host, which a "
-            "CUDA graph cannot. Leave verify_every=0, or capturable=False"
+            f"capturable=True with verify_every={options['verify_every']!r}: the check reads values on the host, which"
+            " a CUDA graph cannot. Leave verify_every=0, or capturable=False"
         )
     if options["capturable"] and options["fused"] is False:
         raise ValueError("capturable=True with fused=False: only the fast kernels can be captured, leave fused=None")
