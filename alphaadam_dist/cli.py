@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from alphaadam_dist.training import presets
 from alphaadam_dist.training.launch import Stopped
+from alphaadam_dist.training.recipe import print_error
 from alphaadam_dist.training.runs import open_run
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
 
@@ -304,7 +304,7 @@ def plan(
 
 
 def _failure(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    print_error(message)
     return typer.Exit(1)
 
 

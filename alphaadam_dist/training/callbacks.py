@@ -1,4 +1,4 @@
-"""Trainer callbacks: what AlphaAdam's masks did in every log, the log file, whole checkpoints, and a stop in time.
+"""Trainer callbacks: AlphaAdam's numbers in every log, the log file, progress, whole checkpoints, and a stop in time.
 
 `AlphaMetrics` must stand before the callbacks that write logs out: it adds its numbers to the entry they receive.
 """
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alphaadam_dist.training import checkpoints, metrics
+from alphaadam_dist.training.progress import TrainingProgress
 
 
 def find_alpha_optimizer(optimizer: Any) -> Any | None:
@@ -51,6 +52,34 @@ class JsonlLog(TrainerCallback):
         """Append the entry with its step."""
         if state.is_world_process_zero:
             metrics.append(self.path, {"step": state.global_step, **kwargs["logs"]})
+        return control
+
+
+class ShowProgress(TrainerCallback):
+    """Draws the progress bar from the log file. It must stand behind `JsonlLog`, which writes that file."""
+
+    def __init__(self, progress: TrainingProgress) -> None:
+        self.progress = progress
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Start the bar."""
+        self.progress.__enter__()
+        return control
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Show the newest numbers."""
+        self.progress.update()
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Leave the bar as it stands."""
+        self.progress.__exit__(None, None, None)
         return control
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 STDLIB = "stdlib"
 _HELD_OUT_ONE_IN = 20
@@ -21,31 +22,85 @@ _STDLIB_SKIPPED = {
     "turtledemo", "ensurepip", "__phello__",
 }  # fmt: skip
 _JSON_SUFFIXES = (".jsonl", ".json")
+_TOO_FEW = "--data has fewer than two documents: some must be held out; give a folder or a longer file"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two sets of documents, each with one column `text`, and a digest that names their content."""
+    """Two sets of documents, each with one column (`text`, or `messages`), and a digest that names their content."""
 
     train: Dataset
     held_out: Dataset
     digest: str
 
 
-def load_corpus(data: str) -> Corpus:
-    """Load the text `data` names: `stdlib`, a local file or folder, or a dataset on the Hugging Face hub."""
+def load_corpus(data: str, held_out: str | None = None) -> Corpus:
+    """Load the text `data` names: `stdlib`, a local file or folder, or a dataset on the Hugging Face hub.
+
+    `held_out` names text to hold out; without it some of `data` is.
+    """
+    if not (is_local_text(data) or _is_json(data)):
+        train, rest = splits(data, held_out)
+        return from_parts(_only_text(train, data), _only_text(rest, held_out or data))
+    if held_out is None:
+        return _split(_documents(data))
+    return from_parts(*(Dataset.from_dict({"text": [t for _, t in _documents(d)]}) for d in (data, held_out)))
+
+
+def is_local_text(data: str) -> bool:
+    """Text without columns: the standard library, a folder, or a file that is not JSON."""
+    return data == STDLIB or Path(data).is_dir() or (Path(data).is_file() and not _is_json(data))
+
+
+def splits(data: str, held_out: str | None = None) -> tuple[Dataset, Dataset]:
+    """The rows of a JSON lines file or a hub dataset (id or id:config), to train on and held out, all columns kept."""
+    if held_out is not None:
+        return _rows(data), _rows(held_out)
+    if not _is_json(data):
+        return _hub_splits(data)
+    rows = _rows(data)
+    chosen = [i for i in range(len(rows)) if _is_held_out(str(i))] or [len(rows) - 1]
+    if len(rows) < 2:
+        raise ValueError(_TOO_FEW)
+    return rows.select(sorted(set(range(len(rows))) - set(chosen))), rows.select(chosen)
+
+
+def from_parts(train: Dataset, held_out: Dataset) -> Corpus:
+    """A corpus of two datasets, which must have the same column."""
+    if train.column_names != held_out.column_names:
+        raise ValueError(
+            f"--held-out has {', '.join(held_out.column_names)} where --data has {', '.join(train.column_names)}: "
+            "give both the same kind of data"
+        )
+    content = hashlib.sha256(f"{train._fingerprint}{held_out._fingerprint}".encode())
+    return Corpus(train, held_out, content.hexdigest()[:16])
+
+
+def _is_json(data: str) -> bool:
+    return Path(data).suffix in _JSON_SUFFIXES and Path(data).is_file()
+
+
+def _rows(data: str) -> Dataset:
+    if not _is_json(data):
+        return _hub_splits(data)[0]
+    try:
+        return load_dataset("json", data_files=data, split="train")
+    except DatasetsError as error:
+        raise ValueError(f"{data} is not JSON lines: {error.__cause__ or error}") from None
+
+
+def _documents(data: str) -> Iterator[tuple[str, str]]:
     path = Path(data)
     if data == STDLIB:
-        return _split(_standard_library())
-    if path.is_dir():
-        return _split(_folder(path))
-    if path.suffix in _JSON_SUFFIXES and path.is_file():
-        rows = load_dataset("json", data_files=data, split="train")
-        return _split((str(i), text) for i, text in enumerate(rows[_text_column(rows, data)]))
-    if path.is_file():
+        yield from _standard_library()
+    elif path.is_dir():
+        yield from _folder(path)
+    elif _is_json(data):
+        rows = _rows(data)
+        yield from ((str(i), text) for i, text in enumerate(rows[_text_column(rows, data)]))
+    else:
         # One file has no documents to hold out whole; paragraphs are the next best unit.
-        return _split((str(i), text) for i, text in enumerate(path.read_text(errors="replace").split("\n\n")))
-    return _from_hub(data)
+        yield from ((str(i), text) for i, text in enumerate(path.read_text(errors="replace").split("\n\n")))
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:
@@ -73,32 +128,32 @@ def _split(documents: Iterable[tuple[str, str]]) -> Corpus:
         if not text.strip():
             continue
         content.update(f"{name}\0{text}\0".encode(errors="replace"))
-        lot = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        (held_out if lot % _HELD_OUT_ONE_IN == 0 else train).append(text)
+        (held_out if _is_held_out(name) else train).append(text)
     if not held_out and len(train) > 1:
         held_out.append(train.pop())
     if not held_out:
-        raise ValueError("--data has fewer than two documents: some must be held out; give a folder or a longer file")
+        raise ValueError(_TOO_FEW)
     return Corpus(Dataset.from_dict({"text": train}), Dataset.from_dict({"text": held_out}), content.hexdigest()[:16])
 
 
-def _from_hub(data: str) -> Corpus:
+def _is_held_out(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % _HELD_OUT_ONE_IN == 0
+
+
+def _hub_splits(data: str) -> tuple[Dataset, Dataset]:
     name, _, config = data.partition(":")
-    splits = load_dataset(name, config or None)
-    if "train" not in splits:
-        raise ValueError(f"--data {data} has no split named train, only {list(splits)}: choose a dataset with one")
-    held_out_name = next((split for split in ("validation", "test") if split in splits), None)
-    if held_out_name is None:
-        parts = splits["train"].train_test_split(test_size=1 / _HELD_OUT_ONE_IN, seed=0)
-        train, held_out = parts["train"], parts["test"]
-    else:
-        train, held_out = splits["train"], splits[held_out_name]
-    column = _text_column(train, data)
-    content = hashlib.sha256(f"{train._fingerprint}{held_out._fingerprint}".encode())
-    return Corpus(_only_text(train, column), _only_text(held_out, column), content.hexdigest()[:16])
+    found = load_dataset(name, config or None)
+    if "train" not in found:
+        raise ValueError(f"--data {data} has no split named train, only {list(found)}: choose a dataset with one")
+    held_out = next((split for split in ("validation", "test") if split in found), None)
+    if held_out is not None:
+        return found["train"], found[held_out]
+    parts = found["train"].train_test_split(test_size=1 / _HELD_OUT_ONE_IN, seed=0)
+    return parts["train"], parts["test"]
 
 
-def _only_text(rows: Dataset, column: str) -> Dataset:
+def _only_text(rows: Dataset, data: str) -> Dataset:
+    column = _text_column(rows, data)
     return rows.select_columns([column]).rename_columns({column: "text"})
 
 

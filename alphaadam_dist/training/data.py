@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,17 +61,43 @@ def _pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block: int, na
             tokens += [*ids, tokenizer.eos_token_id]
         return {"input_ids": [tokens[i : i + block] for i in range(0, len(tokens) - block + 1, block)]}
 
-    vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-    return documents.map(
-        cut,
+    return cached_map(documents, cut, f"{name}-{_digest(_vocabulary(tokenizer))}-{block}")
+
+
+def fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *more: str) -> str:
+    """A name for what these rows become with this tokenizer."""
+    return _digest(f"{rows._fingerprint}{_vocabulary(tokenizer)}{more}")
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    return repr(sorted(tokenizer.get_vocab().items()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+
+
+def cached_map(rows: Dataset, convert: Callable[[dict[str, list[Any]]], dict[str, list[Any]]], name: str) -> Dataset:
+    """Convert the rows by batches into other columns, once: the result is kept in the cache under this name."""
+    return rows.map(
+        convert,
         batched=True,
-        remove_columns=documents.column_names,
-        cache_file_name=str(cache_dir() / f"{name}-{vocabulary}-{block}.arrow"),
-        new_fingerprint=f"{name}-{vocabulary}-{block}",
+        remove_columns=rows.column_names,
+        cache_file_name=str(cache_dir() / f"{name}.arrow"),
+        new_fingerprint=name,
     )
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch for language modelling: each token is the label of the one before it."""
-    tokens = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": tokens, "labels": tokens}
+    """A batch for language modelling, padded at the right to its longest row; no padding where all have one length.
+
+    Labels are the tokens where the rows have no labels of their own. Padding is not learned, and needs no attention
+    mask: no token looks to its right.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    padded = {
+        key: torch.tensor([row[key] + [filling] * (longest - len(row[key])) for row in rows])
+        for key, filling in (("input_ids", 0), ("labels", -100), ("position_ids", 0))
+        if key in rows[0]
+    }
+    return {"labels": padded["input_ids"], **padded}

@@ -1,10 +1,13 @@
-"""The DeepSpeed config of a run: a file of `ds_configs/`, with the optimizer it asks for."""
+"""The DeepSpeed config of a run: a file, of `ds_configs/` or the user's own, with the optimizer the run asks for."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from alphaadam_dist.configs import config_path
+
+_ADAMWS = ("lr", "betas", "eps", "weight_decay")
+_DEEPSPEEDS = ("torch_adam", "adam_w_mode")
 
 
 def ds_config_path(zero: int, offload: bool) -> Path:
@@ -13,12 +16,36 @@ def ds_config_path(zero: int, offload: bool) -> Path:
 
 
 def load_ds_config(zero: int, offload: bool, optimizer: str) -> dict[str, Any]:
-    """The config as a dictionary; for AdamW only the optimizer's name differs.
+    """The file of `ds_configs/` for this stage as a dictionary, for AlphaAdam or AdamW."""
+    return read_ds_config(ds_config_path(zero, offload), optimizer)
 
-    `torch_adam` keeps AdamW the one of torch: DeepSpeed would put its own implementation in its place.
+
+def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
+    """A config file as a dictionary, its optimizer AlphaAdam or AdamW; one that names no optimizer stays without.
+
+    Raises:
+        ValueError: the file is not JSON, or names an optimizer of another kind, whose options mean nothing here.
     """
-    config: dict[str, Any] = json.loads(ds_config_path(zero, offload).read_text())
-    if optimizer == "AdamW":
-        config["optimizer"]["type"] = "AdamW"
-        config["optimizer"]["params"]["torch_adam"] = True
-    return config
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a DeepSpeed config: {error}") from None
+    named = config.get("optimizer")
+    if named is None:
+        return config
+    if named["type"] not in ("AlphaAdam", "Adam", "AdamW"):
+        raise ValueError(
+            f"{path} has the optimizer {named['type']}: name AlphaAdam or AdamW there, or leave the optimizer out"
+        )
+    params = named.get("params", {})
+    if optimizer == "AlphaAdam":
+        params = {name: value for name, value in params.items() if name not in _DEEPSPEEDS}
+    elif "no_decay" in params:
+        raise ValueError(
+            f"{path} has no_decay={params['no_decay']!r}, which only AlphaAdam knows, and AdamW would decay these too: "
+            "leave the optimizer out of the config to compare the two, and both get the Trainer's groups"
+        )
+    else:
+        # torch_adam keeps AdamW the one of torch: DeepSpeed would put its own implementation in its place.
+        params = {name: value for name, value in params.items() if name in _ADAMWS} | {"torch_adam": True}
+    return {**config, "optimizer": {"type": optimizer, "params": params}}

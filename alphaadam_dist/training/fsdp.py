@@ -2,22 +2,12 @@
 
 from typing import Any
 
-import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-from alphaadam_dist import AlphaAdam
-
 ARGUMENTS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
 """For TrainingArguments. Full state dicts, so that a checkpoint's model loads with from_pretrained."""
-
-
-def optimizer(name: str, arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """AlphaAdam or AdamW for the Trainer, which adds the weight decay of its two parameter groups."""
-    kind = AlphaAdam if name == "AlphaAdam" else torch.optim.AdamW
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return kind, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
 
 
 def shard_on_cpu(arguments: TrainingArguments) -> None:

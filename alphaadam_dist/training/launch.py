@@ -41,7 +41,7 @@ def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
     if settings.fsdp:
         ranks = ["--standalone", "--nproc-per-node", str(settings.gpus), "--max-restarts", str(_RESTARTS)]
     else:
-        ranks = ["--num_gpus", str(settings.gpus), "--master_port", str(_free_port()), "--no_local_rank"]
+        ranks = ["--num_gpus", str(settings.gpus), "--master_port", str(free_port()), "--no_local_rank"]
     return [launcher, *ranks, "--module", "alphaadam_dist.training.job", str(run), optimizer]
 
 
@@ -91,7 +91,8 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
         raise LaunchError(f"training in {folder} failed (exit code {process.returncode}):\n\n{tail}\n\n{log_path}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

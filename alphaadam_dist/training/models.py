@@ -1,9 +1,15 @@
-"""The model to train: a small Llama built here, or any causal language model by hub id or local path."""
+"""The model to train: a small Llama built here, or any causal language model by hub id, local folder or GGUF file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -14,6 +20,9 @@ from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
 from alphaadam_dist.training.presets import TINY
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 _TINY_VOCABULARY = 2048
 
 
@@ -21,16 +30,43 @@ def load_tokenizer(model: str, corpus: Corpus) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model; the small Llama's is trained on the corpus."""
     if model == TINY:
         return byte_level_bpe(corpus, _TINY_VOCABULARY)
-    return AutoTokenizer.from_pretrained(model)
+    return pretrained_tokenizer(model)
+
+
+def pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id, a local folder or a GGUF file."""
+    folder, file = _place(model)
+    return AutoTokenizer.from_pretrained(folder, **file)
+
+
+def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model by hub id, from a local folder or from a GGUF file, whose weights are unpacked.
+
+    It is loaded in `dtype`, whatever it was saved in: DeepSpeed trains in the type it is given.
+    """
+    folder, file = _place(model)
+    if not file:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # Without this the weights would stay quantized where the device has a kernel for them, and could not be trained.
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **file
+    )
+
+
+def _place(model: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes for a model: the folder or id, and for a GGUF file its name there."""
+    path = Path(model)
+    if path.suffix != ".gguf":
+        return model, {}
+    if not path.is_file():
+        raise ValueError(f"--model is {model}: there is no such GGUF file; check the path")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def load_model(model: str, tokenizer: PreTrainedTokenizerBase, block: int, dtype: torch.dtype) -> PreTrainedModel:
-    """The model itself, with random weights from the current seed for the small Llama.
-
-    A pretrained model is loaded in `dtype`, whatever it was saved in: DeepSpeed trains in the type it is given.
-    """
+    """The model itself: pretrained, or for the small Llama with random weights from the current seed."""
     if model != TINY:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        return pretrained_model(model, dtype)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -44,3 +80,29 @@ def load_model(model: str, tokenizer: PreTrainedTokenizerBase, block: int, dtype
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> "PeftModel":
+    """The model with LoRA adapters of this rank on every linear layer but the head; all else is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def gpt2(tokenizer: PreTrainedTokenizerBase, *, layers: int, hidden: int, heads: int, block: int) -> PreTrainedModel:
+    """A GPT-2 with random weights from the current seed, without dropout: one pass over the data does not overfit."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_layer=layers,
+        n_embd=hidden,
+        n_head=heads,
+        n_positions=block,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPT2LMHeadModel(config)

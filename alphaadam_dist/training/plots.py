@@ -37,8 +37,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plot_run(logs: dict[str, list[Entry]], subtitle: str, path: Path) -> None:
-    """Draw the logs of one or two optimizers (name -> entries) into a PNG."""
+def plot_run(logs: dict[str, list[Entry]], subtitle: str, path: Path, *, loss: str = "loss, nats a token") -> None:
+    """Draw the logs of one or two optimizers (name -> entries) into a PNG; `loss` names the loss and its unit."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
         grid = figure.add_gridspec(2, 2, width_ratios=[1.75, 1])
@@ -48,14 +48,14 @@ def plot_run(logs: dict[str, list[Entry]], subtitle: str, path: Path) -> None:
         figure.suptitle(
             f"{' and '.join(logs)}: {subtitle}", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK
         )
-        _draw_losses(losses, logs)
+        _draw_losses(losses, logs, loss)
         _draw_series(alpha, logs["AlphaAdam"], "alpha", "boost of the agreeing coordinates")
         _draw_series(agreement, logs["AlphaAdam"], "agreement", "gradients with their momentum's sign")
         agreement.set_xlabel("step")
         figure.savefig(path)
 
 
-def _draw_losses(axes: Axes, logs: dict[str, list[Entry]]) -> None:
+def _draw_losses(axes: Axes, logs: dict[str, list[Entry]], title: str) -> None:
     final = []
     for name, entries in logs.items():
         color = _COLORS[name]
@@ -75,7 +75,7 @@ def _draw_losses(axes: Axes, logs: dict[str, list[Entry]]) -> None:
             f"{loss:.3f}", (step, loss), xytext=(0, -15 if rank == 0 else 9), textcoords="offset points",
             ha="center", color=_COLORS[name], fontweight="bold",
         )  # fmt: skip
-    axes.set(title="loss, nats a token", xlabel="step")
+    axes.set(title=title, xlabel="step")
     axes.margins(x=0.04)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")

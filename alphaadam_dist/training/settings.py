@@ -1,4 +1,4 @@
-"""The settings of one training run, checked once and written beside its results.
+"""The settings of a training run, checked once and written beside its results.
 
 The launcher starts one process a rank, and a run may go on days after it was interrupted, so the settings live in
 a file in the run's folder: every rank, and every later `--resume`, reads the same ones.
@@ -6,17 +6,51 @@ a file in the run's folder: every rank, and every later `--resume`, reads the sa
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 OPTIMIZERS = {"alphaadam": "AlphaAdam", "adamw": "AdamW"}
 FILE_NAME = "settings.json"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a run computes, except which optimizer it uses."""
+class SavedSettings:
+    """Settings that a run's folder remembers: everything that decides what it computes, except its optimizer."""
+
+    def saved(self) -> dict[str, Any]:
+        """What is remembered, by option name, as JSON keeps it."""
+        return asdict(self)
+
+    def save(self, run: Path) -> None:
+        """Write the settings into the run's folder, whole or not at all."""
+        partial = run / f"{FILE_NAME}.partial"
+        partial.write_text(json.dumps(self.saved(), indent=2) + "\n")
+        os.replace(partial, run / FILE_NAME)
+
+    def check_resumes(self, run: Path) -> None:
+        """Refuse to go on with a run under settings other than its own: the curve would be neither run's."""
+        started = json.loads((run / FILE_NAME).read_text())
+        for name, now in self.saved().items():
+            was = started.get(name)
+            if was != now:
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} is {now}, but the run in {run} was started with {was}: "
+                    f"give --{option} {was} to go on, or another --out to start afresh"
+                )
+
+
+def check_path(option: str, value: str) -> None:
+    """Raise ValueError where a value is clearly a path, not an id of the Hugging Face hub, and nothing is there."""
+    is_path = value.startswith((".", "/")) or value.endswith("/") or value.count("/") > 1
+    if is_path and not Path(value).exists():
+        raise ValueError(f"--{option} is {value}: there is no such file or folder; check the path")
+
+
+@dataclass(frozen=True)
+class Settings(SavedSettings):
+    """The settings of the main job."""
 
     model: str
     data: str
@@ -32,10 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("model", "data"):
-            value = getattr(self, name)
-            is_path = value.startswith((".", "/")) or value.endswith("/") or value.count("/") > 1
-            if is_path and not Path(value).exists():
-                raise ValueError(f"--{name} is {value}: there is no such file or folder; check the path")
+            check_path(name, getattr(self, name))
         for name in ("steps", "gpus", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be 1 or more")
@@ -54,12 +85,6 @@ class Settings:
     def sharding(self) -> str:
         """How the model is sharded, for people: FSDP2 or ZeRO-N."""
         return "FSDP2" if self.fsdp else f"ZeRO-{self.zero}"
-
-    def save(self, run: Path) -> None:
-        """Write the settings into the run's folder, whole or not at all."""
-        partial = run / f"{FILE_NAME}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(partial, run / FILE_NAME)
 
     @classmethod
     def load(cls, run: Path) -> Self:
@@ -89,18 +114,12 @@ class Settings:
         batch.
         """
         started = self.load(run)
-        for field in fields(self):
-            was, now = getattr(started, field.name), getattr(self, field.name)
-            if field.name == "gpus" and was != now:
-                if not self.fsdp:
-                    raise ValueError(
-                        f"--gpus is {now}, but the run in {run} was started with {was}, and a ZeRO checkpoint is for "
-                        f"the number of ranks that wrote it: give --gpus {was} to go on, or make it a universal "
-                        "checkpoint (docs/deepspeed.md). Runs with --fsdp may change --gpus"
-                    )
-                started.share(now)
-            elif was != now:
+        if self.gpus != started.gpus:
+            if not self.fsdp:
                 raise ValueError(
-                    f"--{field.name} is {now}, but the run in {run} was started with {was}: "
-                    f"give --{field.name} {was} to go on, or another --out to start afresh"
+                    f"--gpus is {self.gpus}, but the run in {run} was started with {started.gpus}, and a ZeRO "
+                    f"checkpoint is for the number of ranks that wrote it: give --gpus {started.gpus} to go on, or "
+                    "make it a universal checkpoint (docs/deepspeed.md). Runs with --fsdp may change --gpus"
                 )
+            started.share(self.gpus)
+        super(Settings, replace(self, gpus=started.gpus)).check_resumes(run)

@@ -1,5 +1,6 @@
 """What a finished run tells the person who started it: the numbers, the verdict, and what the model writes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,51 @@ _NEW_TOKENS = 40
 
 
 def print_losses(console: Console, logs: dict[str, list[Entry]]) -> None:
-    """A table of the last losses, and in one sentence which optimizer came out ahead."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "held-out loss", "perplexity", "training loss", "steps"):
-        table.add_column(column, justify="left" if not column else "right")
+    """A table of the last losses, and in one sentence which optimizer came out ahead.
+
+    Where the held-out loss was measured before the first step, it stands beside the last one.
+    """
+    before = {name: _before(entries, "eval_loss") for name, entries in logs.items()}
     held_out = {name: final_held_out(entries) for name, entries in logs.items()}
+    columns = ["", "held-out loss", "perplexity", "training loss", "steps"]
+    if None not in before.values():
+        columns.insert(1, "before")
+    table = _table(columns)
     for name, entries in logs.items():
         loss = held_out[name]
         train = [entry["loss"] for entry in entries if "loss" in entry]
         perplexity = torch.tensor(loss).exp().item()
-        table.add_row(name, f"{loss:.4f}", f"{perplexity:.1f}", f"{train[-1]:.4f}", str(entries[-1]["step"]))
+        row = [name, f"{loss:.4f}", f"{perplexity:.1f}", f"{train[-1]:.4f}", str(entries[-1]["step"])]
+        if None not in before.values():
+            row.insert(1, f"{before[name]:.4f}")
+        table.add_row(*row)
     console.print(table)
     if len(held_out) == 2:
         console.print(_verdict(held_out), highlight=False, soft_wrap=True)
+
+
+def print_scores(console: Console, logs: dict[str, list[Entry]], scores: Sequence[str]) -> None:
+    """A table of an evaluation's metrics, before the first step and after the last."""
+    table = _table(["", *(f"{score}{when}" for score in scores for when in (" before", ""))])
+    for name, entries in logs.items():
+        row = []
+        for score in scores:
+            measured = [entry[f"eval_{score}"] for entry in entries if f"eval_{score}" in entry]
+            before = _before(entries, f"eval_{score}")
+            row += ["" if before is None else f"{before:.4f}", f"{measured[-1]:.4f}"]
+        table.add_row(name, *row)
+    console.print(table)
+
+
+def _table(columns: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    return table
+
+
+def _before(entries: list[Entry], measure: str) -> float | None:
+    return next((float(entry[measure]) for entry in entries if measure in entry and entry["step"] == 0), None)
 
 
 def final_held_out(entries: list[Entry]) -> float:

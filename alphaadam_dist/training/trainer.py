@@ -1,9 +1,80 @@
-"""The Trainer of the main job."""
+"""HF's Trainer as every training here uses it: sharded, logged, checkpointed and resumed in one way."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from rich.console import Console
+from torch import nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+
+from alphaadam_dist import AlphaAdam, lost
+from alphaadam_dist.training import checkpoints, fsdp, metrics
+from alphaadam_dist.training.callbacks import AlphaMetrics, CheckpointMarker, JsonlLog, ShowProgress
+from alphaadam_dist.training.progress import TrainingProgress
+
+
+def training_arguments(
+    folder: Path, *, ds_config: dict[str, Any] | None, shard_fsdp: bool, bf16: bool | None, **options: Any
+) -> TrainingArguments:
+    """The Trainer's arguments, and the process group with them. Make them before the model: ZeRO-3 loads it in parts.
+
+    Args:
+        folder: where the checkpoints go.
+        ds_config: of DeepSpeed, as a dictionary; None without DeepSpeed.
+        shard_fsdp: shard with FSDP2.
+        bf16: None where the device decides: on a GPU that has it.
+        options: of TrainingArguments.
+    """
+    cuda = torch.cuda.is_available()
+    sharding: dict[str, Any] = {"deepspeed": ds_config} if ds_config is not None else {}
+    if shard_fsdp:
+        sharding = fsdp.ARGUMENTS
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_grad_norm=1.0,
+        logging_first_step=True,
+        eval_strategy="steps",
+        save_total_limit=2,
+        use_cpu=not cuda,
+        bf16=cuda and torch.cuda.is_bf16_supported() if bf16 is None else bf16,
+        report_to="none",
+        disable_tqdm=True,
+        **sharding,
+        **options,
+    )
+    if not cuda and shard_fsdp:
+        fsdp.shard_on_cpu(arguments)
+    elif not cuda and ds_config is not None:
+        import deepspeed
+
+        # On CPU the Trainer leaves this out, and ZeRO-3 would load a pretrained model as if it were alone.
+        deepspeed.init_distributed("gloo")
+    return arguments
+
+
+def weights_dtype(arguments: TrainingArguments) -> torch.dtype:
+    """The type to load weights in. FSDP and DDP keep fp32 ones and cast; DeepSpeed makes fp32 copies of bf16 ones."""
+    return torch.bfloat16 if arguments.bf16 and arguments.deepspeed else torch.float32
+
+
+def _client_optimizer(name: str, arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class and options for the Trainer, which adds the weight decay of its two parameter groups."""
+    kind = AlphaAdam if name == "AlphaAdam" else torch.optim.AdamW
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return kind, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
 
 
 class WholeBatches(Trainer):
@@ -21,3 +92,63 @@ class WholeBatches(Trainer):
                 f"--data has {len(dataset)} blocks, a step takes {whole}: give more text or a smaller --batch"
             )
         return RandomSampler(dataset, num_samples=len(dataset) // whole * whole)
+
+
+def fit(
+    optimizer: str,
+    arguments: TrainingArguments,
+    model: nn.Module,
+    train: Dataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    *,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    compute_loss: Callable[..., torch.Tensor] | None = None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+) -> None:
+    """Train to `arguments.max_steps`, from the last complete checkpoint in `arguments.output_dir` if there is one.
+
+    Leaves `metrics.jsonl`, `tensorboard/` and the checkpoints there. A DeepSpeed config that names an optimizer makes
+    it; otherwise the Trainer makes `optimizer`, AlphaAdam or AdamW. A `console` shows the progress, on the first rank;
+    without one every log is printed.
+
+    Raises RuntimeError where the ranks lose each other, with the ranks that are missing.
+    """
+    folder = Path(str(arguments.output_dir))
+    checkpoint = checkpoints.take_up(folder)
+    resumed_step = checkpoints.step_of(checkpoint)
+    arguments.eval_on_start &= checkpoint is None
+    log = folder / metrics.FILE_NAME
+    logged: list[TrainerCallback] = [AlphaMetrics(), CheckpointMarker()]
+    if arguments.process_index == 0:
+        metrics.truncate(log, resumed_step)
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+        logged += [JsonlLog(log), TensorBoardCallback(writer)]
+        if console is not None:
+            logged.append(ShowProgress(TrainingProgress(console, optimizer, log, arguments.max_steps)))
+    named = isinstance(arguments.deepspeed, dict) and "optimizer" in arguments.deepspeed
+    trainer = WholeBatches(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[*logged, *callbacks],
+        compute_loss_func=compute_loss,
+        compute_metrics=compute_metrics,
+        optimizer_cls_and_kwargs=None if named else _client_optimizer(optimizer, arguments),
+    )
+    if console is not None:
+        trainer.remove_callback(PrinterCallback)
+    try:
+        with checkpoints.naming_failed_saves(folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except lost.RankLost:
+        raise
+    except RuntimeError as error:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise lost.explained(error, "training", dist.group.WORLD) from error
+        raise

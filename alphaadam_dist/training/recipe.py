@@ -1,0 +1,265 @@
+"""What the recipes in `launch/` share: their options, their command line, and one training from start to report.
+
+A recipe is started once on every rank, by any launcher, like a script of Hugging Face's. It trains with one optimizer,
+in OUT/OPTIMIZER. Started again with the other one and the same OUT, it shows both.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from alphaadam_dist.training import metrics
+from alphaadam_dist.training.job import leave
+from alphaadam_dist.training.launch import free_port
+from alphaadam_dist.training.runs import open_half
+from alphaadam_dist.training.settings import OPTIMIZERS, SavedSettings
+from alphaadam_dist.verify.launch import environment
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+PICTURE_NAME = "losses.png"
+_FINISHED = "finished"
+WHAT, HOW, RUN = "What to train", "How to run it", "Results"
+_NOT_COMPARED = ("optimizer", "out", "resume", "local_rank", "save_every")  # runs that differ in these are comparable
+
+
+def option(help: str, panel: str, *names: str, default: str | None = None, hidden: bool = False) -> Any:
+    """A typer option. `default` is how the help describes a default that depends on something; None shows the value."""
+    text = help if default is None else f"{help} Default: {default}."
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=default is None, hidden=hidden)
+
+
+Lr = Annotated[float, option("Peak learning rate.", WHAT)]
+WeightDecay = Annotated[float, option("Decoupled weight decay.", WHAT)]
+Epochs = Annotated[float, option("Passes over the training data.", WHAT)]
+Out = Annotated[Path, option("Folder for the results, which all nodes must see.", RUN)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(SavedSettings):
+    """The options of every recipe. Each recipe adds its own, and its own defaults."""
+
+    optimizer: Annotated[
+        Literal["alphaadam", "adamw"],
+        option("Run the recipe once with each and the same --out: the second run prints both.", WHAT),
+    ] = "alphaadam"
+    lr: Lr
+    weight_decay: WeightDecay
+    epochs: Epochs
+    steps: Annotated[int | None, option("Optimizer steps, instead of --epochs.", WHAT, default="as --epochs says")] = (
+        None
+    )
+    batch: Annotated[int, option("Rows of the data in a batch, on each rank.", WHAT)] = 8
+    accumulate: Annotated[int, option("Batches in an optimizer step.", WHAT)] = 1
+    seed: Annotated[int, option("Seed of new weights and of the data's order.", WHAT)] = 0
+    deepspeed: Annotated[
+        Path | None,
+        option("A DeepSpeed config, such as ds_configs/zero2.json.", HOW, default="no DeepSpeed"),
+    ] = None
+    fsdp: Annotated[bool, option("Shard with PyTorch's FSDP2.", HOW, "--fsdp")] = False
+    bf16: Annotated[
+        bool | None,
+        option("Compute in bfloat16.", HOW, "--bf16/--no-bf16", default="where the GPU has it"),
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, option("Compute activations twice to keep fewer.", HOW, "--gradient-checkpointing")
+    ] = False
+    out: Out
+    resume: Annotated[bool, option("Go on from the last checkpoint in --out.", RUN, "--resume")] = False
+    save_every: Annotated[int, option("Steps between checkpoints; the last step has one anyway.", RUN)] = 500
+    # DeepSpeed's launcher adds it. The environment says the same.
+    local_rank: Annotated[int, option("", HOW, "--local_rank", "--local-rank", hidden=True)] = 0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "epochs", "steps", "batch", "accumulate", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--weight-decay is {self.weight_decay}: it must be 0 or more")
+        if self.fsdp and self.deepspeed is not None:
+            raise ValueError(f"--fsdp with --deepspeed {self.deepspeed}: one of them shards the model, so give one")
+        if self.deepspeed is not None and not self.deepspeed.is_file():
+            raise ValueError(f"--deepspeed is {self.deepspeed}: there is no such file; ds_configs/ has some")
+
+    def saved(self) -> dict[str, Any]:
+        """What must be equal for two optimizers to be compared, the number of ranks included."""
+        kept = {name: value for name, value in asdict(self).items() if name not in _NOT_COMPARED}
+        kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+        return kept | {"ranks": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One rank's training with one optimizer."""
+
+    recipe: Recipe
+    console: Console
+    first: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where this optimizer's results go."""
+        return self.recipe.out / self.recipe.optimizer
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name."""
+        return OPTIMIZERS[self.recipe.optimizer]
+
+    @property
+    def finished(self) -> bool:
+        """It has trained to the end before: there is only something to report."""
+        return self.recipe.resume and (self.folder / _FINISHED).exists()
+
+    def arguments(self, **options: Any) -> "TrainingArguments":
+        """The Trainer's arguments for these options. Make them before data and model."""
+        import datasets
+        import transformers
+
+        from alphaadam_dist.training.ds_config import read_ds_config
+        from alphaadam_dist.training.trainer import training_arguments
+
+        if not (self.first and self.console.is_terminal):
+            datasets.disable_progress_bars()
+            transformers.utils.logging.disable_progress_bar()
+        recipe = self.recipe
+        return training_arguments(
+            self.folder,
+            ds_config=read_ds_config(recipe.deepspeed, self.optimizer) if recipe.deepspeed else None,
+            shard_fsdp=recipe.fsdp,
+            bf16=recipe.bf16,
+            per_device_train_batch_size=recipe.batch,
+            per_device_eval_batch_size=recipe.batch,
+            gradient_accumulation_steps=recipe.accumulate,
+            activation_checkpointing=recipe.gradient_checkpointing,
+            learning_rate=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            seed=recipe.seed,
+            save_steps=recipe.save_every,
+            eval_on_start=True,
+            # The rows have what the model takes and nothing else, and every parameter gets a gradient.
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            **options,
+        )
+
+    def schedule(self, arguments: "TrainingArguments", rows: int, warmup: float, evaluations: int) -> None:
+        """Set the number of steps for this many rows of training data, and what follows from it.
+
+        Args:
+            warmup: share of the steps over which the learning rate rises.
+            evaluations: times to look at the held-out data on the way, at least every 500 steps.
+        """
+        in_a_step = self.recipe.batch * self.recipe.accumulate * arguments.world_size
+        steps = self.recipe.steps or math.ceil(self.recipe.epochs * rows / in_a_step)
+        arguments.max_steps = steps
+        arguments.warmup_steps = max(1, round(warmup * steps))
+        arguments.logging_steps = min(max(1, steps // 60), 10)
+        arguments.eval_steps = min(math.ceil(steps / evaluations), 500)
+
+    def say(self, text: str) -> None:
+        """Print it, once for all ranks."""
+        if self.first:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def train(self, *what: Any, **options: Any) -> None:
+        """`trainer.fit` for this optimizer, with progress; what it takes is the same."""
+        from alphaadam_dist.training.trainer import fit
+
+        fit(self.optimizer, *what, console=self.console, **options)
+        if self.first:
+            (self.folder / _FINISHED).touch()
+
+    def report(self, scores: Sequence[str] = ()) -> None:
+        """Show the results, beside the other optimizer's where it has been trained too.
+
+        Args:
+            scores: names of the evaluation's metrics, for a table of these; none for a table of losses.
+        """
+        if not self.first:
+            return
+        from alphaadam_dist.training.plots import plot_run
+        from alphaadam_dist.training.summary import print_losses, print_scores
+
+        out, logs = self.recipe.out, self.logs()
+        self.console.print()
+        if scores:
+            print_scores(self.console, logs, scores)
+        else:
+            print_losses(self.console, logs)
+        if len(logs) == 1:
+            other = next(key for key in OPTIMIZERS if key != self.recipe.optimizer)
+            self.say(f"The same command with --optimizer {other} puts {OPTIMIZERS[other]} beside it.")
+        self.console.rule("files")
+        if "AlphaAdam" in logs:
+            picture = out / PICTURE_NAME
+            plot_run(logs, str(out), picture, loss="loss" if scores else "loss, nats a token")
+            self.say(f"picture      {picture}")
+        self.say(f"logs         {out}/*/{metrics.FILE_NAME}")
+        self.say(f"model        {self.folder}/checkpoint-{logs[self.optimizer][-1]['step']}")
+
+    def logs(self) -> dict[str, list[metrics.Entry]]:
+        """The logs in the folder, of one optimizer or both."""
+        found = {name: metrics.read(self.recipe.out / key / metrics.FILE_NAME) for key, name in OPTIMIZERS.items()}
+        return {name: entries for name, entries in found.items() if any("loss" in entry for entry in entries)}
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
+    """The command line of a recipe: its options are the fields of `kind`, its help is the docstring of `main`."""
+    hints = get_type_hints(kind, include_extras=True)
+
+    def run(**values: Any) -> None:
+        os.environ.update(_launched())
+        first = os.environ.get("RANK", "0") == "0"
+        joined = dist.is_initialized()
+        console = Console()
+        try:
+            recipe = kind(**values)
+            opened = open_half(recipe.out, recipe.optimizer, recipe.resume, recipe) if first else nullcontext()
+            with opened:
+                main(recipe, Training(recipe, console, first))
+            if not joined:
+                leave()
+        except (ValueError, ImportError) as error:
+            print_error(str(error))
+            raise typer.Exit(1) from None
+
+    run.__doc__ = inspect.cleandoc(main.__doc__ or "")
+    own_first = sorted(fields(kind), key=lambda field: field.name in Recipe.__dataclass_fields__)
+    assert all(field.default is not MISSING for field in own_first), f"{kind.__name__} has a field without a default"
+    parameters = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=f.default)
+        for f in own_first
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+    app.command()(run)
+    return app
+
+
+def print_error(message: str) -> None:
+    """Say what went wrong, as every command of this package does."""
+    Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def _launched() -> dict[str, str]:
+    """This rank's place as every launcher should tell it. A process that is alone takes any free port."""
+    told = environment(os.environ)
+    if told["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+        told["MASTER_PORT"] = str(free_port())
+    return told
