@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ def _expert_rank(param: Any) -> int | None:
     return None if getattr(param, "allreduce", True) else dist.get_rank(_expert_group(param))
 
 
-class Wrapper:
+class Wrapper(ABC):
     """A DeepSpeed optimizer as attach.py sees it.
 
     Attributes:
@@ -143,21 +144,21 @@ class Wrapper:
         self.zero = engine.optimizer
         self.group: dist.ProcessGroup | None = getattr(self.zero, "dp_process_group", None)
 
+    @abstractmethod
     def flats(self) -> list[Tensor]:
         """The tensors that the optimizer steps, in order."""
-        raise NotImplementedError
 
     def extents(self) -> list[int]:
         """Elements of each, padding included."""
         return [flat.numel() for flat in self.flats()]
 
+    @abstractmethod
     def shards(self, names: dict[Tensor, str]) -> list[list[Shard]]:
         """Which elements of which model parameters each holds."""
-        raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
         """(flat, gradient in pieces) for all flats, at the first ``unscale_and_clip_grads`` of a step in parts."""
-        raise NotImplementedError
+        raise AssertionError("a wrapper that steps the model in one call is not asked")
 
 
 class Replicated(Wrapper):
