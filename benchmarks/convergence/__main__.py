@@ -1,0 +1,54 @@
+"""The command: run all rounds of all tasks, then write the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import counterexamples, protocol, tasks
+from .runner import Runner, results_file, start_process
+
+RUNS = Path("runs/convergence")
+
+
+def main(
+    large: Annotated[bool, typer.Option("--large", help="Models of 100M parameters and more.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda for --large.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Model to fine-tune: hub id or folder.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the longest task.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes, one thread each; 1 for a GPU.")] = 2,
+) -> None:
+    """Compare optimizers at equal tuning budgets. Finished runs are kept: start again to go on."""
+    start_process()
+    scale = tasks.LARGE if large else tasks.SMALL
+    scale = replace(
+        scale,
+        device=device or scale.device,
+        pretrained=pretrained or scale.pretrained,
+        steps=steps or scale.steps,
+    )
+    if scale.pretrained is None:
+        tasks.pretrain(scale)
+    console = Console()
+    runner = Runner(scale, results_file(scale, RUNS), workers)
+    columns = (TextColumn("{task.description:42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        for task in tasks.tasks(scale):
+            for name, jobs_of in protocol.ROUNDS.items():
+                jobs = jobs_of(task, runner.done)
+                for _ in progress.track(runner.results(jobs), len(set(jobs)), description=f"{task.title}: {name}"):
+                    pass
+        for task in counterexamples.TASKS:
+            jobs = protocol.everything(task, runner.done)
+            for _ in progress.track(runner.results(jobs), len(jobs), description=task.title):
+                pass
+    runner.close()
+
+
+if __name__ == "__main__":
+    typer.run(main)

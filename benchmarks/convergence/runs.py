@@ -1,0 +1,91 @@
+"""One run: a task, an optimizer, a learning rate and a seed give a curve of losses."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+
+from alphaadam_dist import AlphaAdam
+
+from . import counterexamples, tasks
+from .tasks import Scale
+from .trial import Task
+from .variants import BY_NAME
+
+EVALUATIONS = 10
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What tells one run from another.
+
+    ``embedding`` multiplies the learning rate of the input embedding; ``clip`` False leaves the task's clipping out.
+    """
+
+    task: str
+    variant: str
+    lr: float
+    seed: int
+    embedding: float = 1.0
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """Losses as (step, loss), the last one at the end of training; inf where the run diverged."""
+
+    job: Job
+    curve: list[tuple[int, float]]
+    alpha_mean: float | None = None
+    alpha_peak: float | None = None
+
+    @property
+    def final(self) -> float:
+        return self.curve[-1][1]
+
+
+def all_tasks(scale: Scale) -> dict[str, Task]:
+    return {task.name: task for task in (*tasks.tasks(scale), *counterexamples.TASKS)}
+
+
+def run(scale: Scale, job: Job) -> Result:
+    """Train once. The result depends on the job, the scale and the versions of what is installed, on nothing else."""
+    task, variant = all_tasks(scale)[job.task], BY_NAME[job.variant]
+    start = task.start(job.seed)
+    groups = [{"params": start.other, "scale": 1.0}]
+    if start.embedding:
+        groups.append({"params": start.embedding, "scale": job.embedding})
+    optimizer = variant.build(groups, job.lr, steps=task.steps, seed=job.seed)
+    schedule = LambdaLR(optimizer, functools.partial(warmup_and_cosine, task.steps))
+    curve: list[tuple[int, float]] = []
+    alphas: list[float] = []
+    for step in range(task.steps):
+        start.loss(step).backward()
+        if job.clip and task.clip is not None:
+            clip_grad_norm_([*start.other, *(start.embedding or [])], task.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if start.project is not None:
+            start.project()
+        if isinstance(optimizer, AlphaAdam):
+            alphas.append(optimizer.metrics()["alpha"])
+        if (step + 1) % max(1, task.steps // EVALUATIONS) == 0:
+            loss = start.evaluate()
+            curve.append((step + 1, loss if math.isfinite(loss) else math.inf))
+            if not math.isfinite(loss):
+                break
+    return Result(job, curve, sum(alphas) / len(alphas) if alphas else None, max(alphas, default=None))
+
+
+def warmup_and_cosine(steps: int, step: int) -> float:
+    """The factor on the learning rate: linear to 1 over the first tenth, then a cosine to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

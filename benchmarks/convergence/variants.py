@@ -1,0 +1,66 @@
+"""The optimizers that are compared, under the names that tables and plots use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import AdamW, Optimizer
+
+from alphaadam_dist import AlphaAdam
+from benchmarks import baselines
+
+# as language models are trained; Lion's betas are its own
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One optimizer with its options.
+
+    Args:
+        lr_scale: its learning rates are the task's grid times this, and its weight decay is divided by it, so that
+            their product is that of the others.
+        finalist: goes on to the controls: twice the learning rate, no clipping, the embedding's learning rate.
+    """
+
+    name: str
+    optimizer: Callable[..., Optimizer]
+    options: dict[str, Any]
+    lr_scale: float = 1.0
+    finalist: bool = False
+
+    def build(self, groups: list[dict[str, Any]], lr: float, *, steps: int, seed: int) -> Optimizer:
+        """The optimizer over ``groups``, whose own "scale" multiplies ``lr``. "warmup" is a share of ``steps``."""
+        options = {"betas": BETAS, **self.options}
+        if "warmup" in options:
+            options["alpha_warmup"] = round(options.pop("warmup") * steps)
+        if self.optimizer is baselines.RandomMask:
+            options["seed"] = seed
+        scaled = [{"params": g["params"], "lr": lr * g["scale"]} for g in groups]
+        return self.optimizer(scaled, lr=lr, weight_decay=WEIGHT_DECAY / self.lr_scale, **options)
+
+
+ADAMW, ALPHAADAM = "AdamW", "AlphaAdam"
+
+VARIANTS = (
+    Variant(ADAMW, AdamW, {"fused": False, "foreach": False}, finalist=True),
+    Variant(ALPHAADAM, AlphaAdam, {}, finalist=True),
+    Variant("AlphaAdam delayed", AlphaAdam, {"sync": "delayed"}),
+    Variant("AlphaAdam layer", AlphaAdam, {"scope": "layer"}),
+    Variant("AlphaAdam tau 0.05", AlphaAdam, {"threshold": 0.05}),
+    Variant("AlphaAdam tau 1/9", AlphaAdam, {"threshold": 1 / 9}, finalist=True),
+    Variant("AlphaAdam tau 0.2", AlphaAdam, {"threshold": 0.2}),
+    Variant("AlphaAdam gamma 0.1", AlphaAdam, {"gamma": 0.1}),
+    Variant("AlphaAdam gamma 0.5", AlphaAdam, {"gamma": 0.5}, finalist=True),
+    Variant("AlphaAdam warm-up", AlphaAdam, {"warmup": 0.2}),
+    Variant("constant alpha", baselines.ConstantAlpha, {"alpha": 2.0}),
+    Variant("random mask", baselines.RandomMask, {}),
+    Variant("C-AdamW", baselines.CAdamW, {}, finalist=True),
+    Variant("MGUP", baselines.MGUPAdamW, {}),
+    Variant("CMGUP", baselines.CMGUPAdamW, {}, finalist=True),
+    Variant("Lion", baselines.Lion, {"betas": (0.9, 0.99)}, lr_scale=0.1),
+)
+BY_NAME = {variant.name: variant for variant in VARIANTS}
