@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import counterexamples, protocol, tasks
+from . import protocol, tasks
 from .runner import Runner, results_file, start_process
 
 RUNS = Path("runs/convergence")
@@ -38,15 +38,11 @@ def main(
     runner = Runner(scale, results_file(scale, RUNS), workers)
     columns = (TextColumn("{task.description:42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        for task in tasks.tasks(scale):
-            for name, jobs_of in protocol.ROUNDS.items():
-                jobs = jobs_of(task, runner.done)
-                for _ in progress.track(runner.results(jobs), len(set(jobs)), description=f"{task.title}: {name}"):
+        for name, jobs_of in protocol.ROUNDS.items():
+            for task in protocol.tasks_of(name, scale):
+                jobs = list(dict.fromkeys(jobs_of(task, runner.done)))
+                for _ in progress.track(runner.results(jobs), len(jobs), description=f"{task.title}: {name}"):
                     pass
-        for task in counterexamples.TASKS:
-            jobs = protocol.everything(task, runner.done)
-            for _ in progress.track(runner.results(jobs), len(jobs), description=task.title):
-                pass
     runner.close()
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from . import counterexamples
 from .runs import Job, Result
+from .tasks import Scale, tasks
 from .trial import Task
 from .variants import VARIANTS, Variant
 
@@ -66,9 +68,12 @@ def finals(task: Task, done: Done) -> list[Job]:
 
 
 def controls(task: Task, done: Done) -> list[Job]:
-    jobs = [control(task, v, done, seed) for control in (doubled, unclipped) for v in FINALISTS for seed in SEEDS]
+    return [control(task, v, done, seed) for control in (unclipped, doubled) for v in FINALISTS for seed in SEEDS]
+
+
+def embedding_screening(task: Task, done: Done) -> list[Job]:
     best = [_screened(task, variant, best_rate(task, variant, done)) for variant in FINALISTS]
-    return jobs + [replace(job, embedding=multiplier) for job in best for multiplier in MULTIPLIERS]
+    return [replace(job, embedding=multiplier) for job in best for multiplier in MULTIPLIERS]
 
 
 def embedding_finals(task: Task, done: Done) -> list[Job]:
@@ -82,10 +87,18 @@ def everything(task: Task, done: Done) -> list[Job]:
     ]  # fmt: skip
 
 
+COUNTEREXAMPLES = "counterexamples"
 # Each round needs the results of those before it.
 ROUNDS: dict[str, Callable[[Task, Done], list[Job]]] = {
     "screening": screening,
     "finals": finals,
+    COUNTEREXAMPLES: everything,
     "controls": controls,
+    "embedding rates": embedding_screening,
     "embedding": embedding_finals,
 }
+
+
+def tasks_of(name: str, scale: Scale) -> tuple[Task, ...]:
+    """The tasks that a round is about."""
+    return counterexamples.TASKS if name == COUNTEREXAMPLES else tasks(scale)

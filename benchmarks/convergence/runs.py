@@ -16,7 +16,7 @@ from .tasks import Scale
 from .trial import Task
 from .variants import BY_NAME
 
-EVALUATIONS = 10
+EVALUATIONS = 8
 WARMUP = 0.1
 
 

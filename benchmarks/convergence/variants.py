@@ -46,7 +46,7 @@ class Variant:
 ADAMW, ALPHAADAM = "AdamW", "AlphaAdam"
 
 VARIANTS = (
-    Variant(ADAMW, AdamW, {"fused": False, "foreach": False}, finalist=True),
+    Variant(ADAMW, AdamW, {"fused": True}, finalist=True),
     Variant(ALPHAADAM, AlphaAdam, {}, finalist=True),
     Variant("AlphaAdam delayed", AlphaAdam, {"sync": "delayed"}),
     Variant("AlphaAdam layer", AlphaAdam, {"scope": "layer"}),
@@ -54,13 +54,13 @@ VARIANTS = (
     Variant("AlphaAdam tau 1/9", AlphaAdam, {"threshold": 1 / 9}, finalist=True),
     Variant("AlphaAdam tau 0.2", AlphaAdam, {"threshold": 0.2}),
     Variant("AlphaAdam gamma 0.1", AlphaAdam, {"gamma": 0.1}),
-    Variant("AlphaAdam gamma 0.5", AlphaAdam, {"gamma": 0.5}, finalist=True),
+    Variant("AlphaAdam gamma 0.5", AlphaAdam, {"gamma": 0.5}),
     Variant("AlphaAdam warm-up", AlphaAdam, {"warmup": 0.2}),
     Variant("constant alpha", baselines.ConstantAlpha, {"alpha": 2.0}),
     Variant("random mask", baselines.RandomMask, {}),
     Variant("C-AdamW", baselines.CAdamW, {}, finalist=True),
     Variant("MGUP", baselines.MGUPAdamW, {}),
-    Variant("CMGUP", baselines.CMGUPAdamW, {}, finalist=True),
+    Variant("CMGUP", baselines.CMGUPAdamW, {}),
     Variant("Lion", baselines.Lion, {"betas": (0.9, 0.99)}, lr_scale=0.1),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
