@@ -1,6 +1,7 @@
 # Each target installs what it needs first; a second run does not reinstall.
 #   make train                  the main job: AlphaAdam and AdamW side by side, on this machine
 #   make train ARGS=--resume    go on after an interruption
+#   make science                does it train better? AlphaAdam, AdamW and peers at equal tuning budgets, half an hour
 #   make finetune               SmolLM2-135M on instructions, with AlphaAdam and with AdamW
 #   make glue                   a sentence encoder on a GLUE-like task, the same
 #   make bench                  what a step costs, beside AdamW and its peers
@@ -26,7 +27,7 @@ MODELS_IN := $(VENV)/lib/python3*/site-packages
 RANKS ?= $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),2)
 RECIPE := PATH="$(abspath $(BIN)):$$PATH" GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))
 
-.PHONY: setup train finetune glue bench test test-fast test-nightly test-older test-torchtitan test-nvme lint
+.PHONY: setup train science finetune glue bench test test-fast test-nightly test-older test-torchtitan test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -62,6 +63,8 @@ glue: $(VENV)/.models
 
 bench: setup
 	$(BIN)/alphaadam bench $(ARGS)
+science: setup
+	$(BIN)/python -m benchmarks.convergence $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import protocol, tasks
+from . import plots, protocol, report, tasks, timing
 from .runner import Runner, results_file, start_process
 
 RUNS = Path("runs/convergence")
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def main(
@@ -21,6 +26,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu, or cuda for --large.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="Model to fine-tune: hub id or folder.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the longest task.")] = None,
+    out: Annotated[Path, typer.Option(help="Where tables and pictures go.")] = RESULTS,
     workers: Annotated[int, typer.Option(help="Processes, one thread each; 1 for a GPU.")] = 2,
 ) -> None:
     """Compare optimizers at equal tuning budgets. Finished runs are kept: start again to go on."""
@@ -44,6 +50,18 @@ def main(
                 for _ in progress.track(runner.results(jobs), len(jobs), description=f"{task.title}: {name}"):
                     pass
     runner.close()
+    console.print("step times, one thread")
+    date = datetime.date.today().isoformat()
+    stem = out / f"{date}-convergence{'-large' if large else ''}"
+    report.write(stem, scale, runner.done, timing.step_times(scale), machine(), date)
+    for path in (stem.with_suffix(".md"), *plots.draw(stem, scale, runner.done)):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def machine() -> str:
+    """This machine in words."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores, {platform.machine()}, {gpu}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .variants import VARIANTS, Variant
 
 SCREENING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
+EVALUATIONS = 8
 MULTIPLIERS = (1.0, 2.0, 4.0)
 FINALISTS = tuple(variant for variant in VARIANTS if variant.finalist)
 
@@ -28,38 +29,44 @@ Done = Mapping[Job, Result]
 
 
 def screening(task: Task, done: Done) -> list[Job]:
-    return [_screened(task, variant, rate) for variant in VARIANTS for rate in task.rates]
+    return [screened(task, variant, rate) for variant in VARIANTS for rate in task.rates]
 
 
 def best_rate(task: Task, variant: Variant, done: Done) -> float:
     """The rate of the task's grid, before the optimizer's own scale, with the lowest loss in screening."""
-    return min(task.rates, key=lambda rate: done[_screened(task, variant, rate)].final)
+    return min(task.rates, key=lambda rate: done[screened(task, variant, rate)].final)
 
 
 def best_multiplier(task: Task, variant: Variant, done: Done) -> float:
     """The multiplier of the embedding's learning rate with the lowest loss in screening."""
-    best = _screened(task, variant, best_rate(task, variant, done))
+    best = _at_best(task, variant, done, SCREENING_SEED)
     return min(MULTIPLIERS, key=lambda multiplier: done[replace(best, embedding=multiplier)].final)
 
 
 def final(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return replace(_screened(task, variant, best_rate(task, variant, done)), seed=seed)
+    return replace(_at_best(task, variant, done, seed), evaluations=EVALUATIONS)
 
 
 def doubled(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    best = final(task, variant, done, seed)
+    best = _at_best(task, variant, done, seed)
     return replace(best, lr=2 * best.lr)
 
 
 def unclipped(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return replace(final(task, variant, done, seed), clip=False)
+    return replace(_at_best(task, variant, done, seed), clip=False)
 
 
 def embedding_tuned(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return replace(final(task, variant, done, seed), embedding=best_multiplier(task, variant, done))
+    multiplier = best_multiplier(task, variant, done)
+    best = final(task, variant, done, seed)
+    return best if multiplier == 1 else replace(best, embedding=multiplier, evaluations=1)
 
 
-def _screened(task: Task, variant: Variant, rate: float) -> Job:
+def _at_best(task: Task, variant: Variant, done: Done, seed: int) -> Job:
+    return replace(screened(task, variant, best_rate(task, variant, done)), seed=seed)
+
+
+def screened(task: Task, variant: Variant, rate: float) -> Job:
     return Job(task.name, variant.name, rate * variant.lr_scale, SCREENING_SEED)
 
 
@@ -72,7 +79,7 @@ def controls(task: Task, done: Done) -> list[Job]:
 
 
 def embedding_screening(task: Task, done: Done) -> list[Job]:
-    best = [_screened(task, variant, best_rate(task, variant, done)) for variant in FINALISTS]
+    best = [_at_best(task, variant, done, SCREENING_SEED) for variant in FINALISTS]
     return [replace(job, embedding=multiplier) for job in best for multiplier in MULTIPLIERS]
 
 
@@ -82,7 +89,7 @@ def embedding_finals(task: Task, done: Done) -> list[Job]:
 
 def everything(task: Task, done: Done) -> list[Job]:
     return [
-        replace(_screened(task, variant, rate), seed=seed)
+        replace(screened(task, variant, rate), seed=seed)
         for variant in VARIANTS for rate in task.rates for seed in SEEDS
     ]  # fmt: skip
 

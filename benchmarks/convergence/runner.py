@@ -42,6 +42,9 @@ class Runner:
 
     def __init__(self, scale: Scale, file: Path, workers: int) -> None:
         self.scale, self.file = scale, file
+        if file.exists():
+            written = file.read_bytes()
+            file.write_bytes(written[: written.rfind(b"\n") + 1])  # without a line that a kill cut short
         entries = [_from_entry(entry) for entry in metrics.read(file)]
         self.done: dict[Job, Result] = {result.job: result for result in entries}
         self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_process)

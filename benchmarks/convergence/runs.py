@@ -16,7 +16,6 @@ from .tasks import Scale
 from .trial import Task
 from .variants import BY_NAME
 
-EVALUATIONS = 8
 WARMUP = 0.1
 
 
@@ -24,6 +23,7 @@ WARMUP = 0.1
 class Job:
     """What tells one run from another.
 
+    ``evaluations`` is how often the held-out loss is measured, the last time at the end;
     ``embedding`` multiplies the learning rate of the input embedding; ``clip`` False leaves the task's clipping out.
     """
 
@@ -33,6 +33,7 @@ class Job:
     seed: int
     embedding: float = 1.0
     clip: bool = True
+    evaluations: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def run(scale: Scale, job: Job) -> Result:
             start.project()
         if isinstance(optimizer, AlphaAdam):
             alphas.append(optimizer.metrics()["alpha"])
-        if (step + 1) % max(1, task.steps // EVALUATIONS) == 0:
+        if (step + 1) % max(1, task.steps // job.evaluations) == 0:
             loss = start.evaluate()
             curve.append((step + 1, loss if math.isfinite(loss) else math.inf))
             if not math.isfinite(loss):

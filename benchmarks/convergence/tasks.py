@@ -62,7 +62,7 @@ class Scale:
 
 
 SMALL = Scale(
-    64, 2, 4, block=64, batch=8, steps=160, vocabulary=1024,
+    64, 2, 4, block=64, batch=8, steps=128, vocabulary=512,
     rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), fine_tuning_rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 )  # fmt: skip
 LARGE = Scale(

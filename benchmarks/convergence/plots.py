@@ -1,0 +1,150 @@
+"""The pictures of the report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from alphaadam_dist.training.plots import GREY, INK, STYLE
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from . import analysis, counterexamples, protocol
+from .analysis import Done
+from .runs import Job
+from .tasks import Scale, tasks
+from .trial import Task
+from .variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
+
+# the few that the line plots show, so that a line can be told from another
+COLORS = {
+    ADAMW: "#30638e",
+    ALPHAADAM: "#d1495b",
+    "AlphaAdam tau 1/9": "#edae49",
+    "AlphaAdam gamma 0.5": "#9a6fb0",
+    "C-AdamW": "#3a9d6e",
+    "CMGUP": "#00798c",
+    "random mask": "#8d99ae",
+    "Lion": "#6b4f3a",
+}
+
+
+def draw(stem: Path, scale: Scale, done: Done) -> list[Path]:
+    """Write the four pictures beside ``stem`` and return where they are."""
+    pictures = {"differences": _differences, "training": _training, "rates": _rates}
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, draw_one in pictures.items():
+            paths.append(_save(draw_one(tasks(scale), done), stem, name))
+        paths.append(_save(_counterexamples(done), stem, "counterexamples"))
+    return paths
+
+
+def _save(figure: Figure, stem: Path, name: str) -> Path:
+    path = stem.with_name(f"{stem.name}-{name}.png")
+    figure.savefig(path)
+    return path
+
+
+def _panels(count: int, height: float, title: str, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(
+        figsize=(3.1 * count + 1.2, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    )
+    panels = figure.subplots(1, count, sharey=share_y)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
+    return figure, list(panels)
+
+
+def _differences(all_of: Sequence[Task], done: Done) -> Figure:
+    """Every optimizer's difference to AdamW with its interval, a panel a task."""
+    names = [variant.name for variant in VARIANTS if variant.name != ADAMW][::-1]
+    figure, panels = _panels(
+        len(all_of), 5.2, "held-out loss minus AdamW's, nats: mean of 5 paired seeds and 95 % interval", share_y=True
+    )
+    for axes, task in zip(panels, all_of, strict=True):
+        for row, name in enumerate(names):
+            difference = analysis.against(task, name, ADAMW, done)
+            if math.isnan(difference.mean):
+                axes.annotate("diverged", (0, row), color=GREY, fontsize=8.5, va="center")
+                continue
+            color = "#d1495b" if name.startswith(ALPHAADAM) else "#30638e"
+            axes.errorbar(
+                difference.mean, row, xerr=difference.half, fmt="o", color=color, markersize=6, capsize=3,
+                markerfacecolor=color if difference.clear else "white", linewidth=1.6,
+            )  # fmt: skip
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_title(task.title, fontsize=10.5)
+        axes.set_yticks(range(len(names)), names)
+    panels[0].set_xlabel("filled: the interval leaves 0 out", fontsize=9, color=GREY)
+    return figure
+
+
+def _training(all_of: Sequence[Task], done: Done) -> Figure:
+    """How the difference to AdamW goes over training."""
+    figure, panels = _panels(
+        len(all_of), 4.0, "held-out loss minus AdamW's over training, nats: mean of 5 paired seeds"
+    )
+    for axes, task in zip(panels, all_of, strict=True):
+        for name, color in COLORS.items():
+            if name == ADAMW:
+                continue
+            points = analysis.gain_over_training(task, name, done)
+            axes.plot([s for s, _ in points], [d.mean for _, d in points], color=color, label=name, linewidth=1.8)
+        axes.axhline(0, color=COLORS[ADAMW], linewidth=1.4)
+        axes.set_title(task.title, fontsize=10.5)
+        axes.set_xlabel("step")
+    _legend(figure, panels)
+    return figure
+
+
+def _rates(all_of: Sequence[Task], done: Done) -> Figure:
+    """Screening: loss against learning rate."""
+    figure, panels = _panels(len(all_of), 4.0, "held-out loss by learning rate, one seed (Lion: at a tenth of it)")
+    for axes, task in zip(panels, all_of, strict=True):
+        for name, color in COLORS.items():
+            values = [done[protocol.screened(task, BY_NAME[name], rate)].final for rate in task.rates]
+            axes.plot(task.rates, values, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(task.rates, [f"{rate:g}" for rate in task.rates], fontsize=8.5)
+        axes.set_title(task.title, fontsize=10.5)
+        axes.set_xlabel("learning rate")
+    _legend(figure, panels)
+    return figure
+
+
+def _counterexamples(done: Done) -> Figure:
+    """The last measure by learning rate, a panel a problem."""
+    figure, panels = _panels(
+        len(counterexamples.TASKS), 4.2, "counterexamples: where it ends, by learning rate; lower is better"
+    )
+    for axes, task in zip(panels, counterexamples.TASKS, strict=True):
+        for name, color in COLORS.items():
+            variant = BY_NAME[name]
+            values = [
+                statistics.fmean(
+                    done[Job(task.name, name, rate * variant.lr_scale, seed)].final for seed in protocol.SEEDS
+                )
+                for rate in task.rates
+            ]
+            axes.plot(task.rates, values, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
+        axes.set_xscale("log")
+        axes.set_yscale("linear" if task.name == "reddi" else "log")
+        axes.set_xticks(task.rates, [f"{rate:g}" for rate in task.rates])
+        axes.minorticks_off()
+        axes.set_title(task.title, fontsize=10.5)
+        axes.set_ylabel(task.measure)
+        axes.set_xlabel("learning rate")
+    _legend(figure, panels)
+    return figure
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=9)

@@ -1,0 +1,169 @@
+"""The report: tables in Markdown, every run in JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import analysis, counterexamples, protocol
+from .analysis import Difference, Done
+from .protocol import FINALISTS, SEEDS
+from .runs import Result
+from .tasks import Scale, tasks
+from .trial import Task
+from .variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
+
+Times = dict[str, dict[str, tuple[float, float]]]
+
+CONTROLS = {
+    "best rate": protocol.final,
+    "no clipping": protocol.unclipped,
+    "twice the rate": protocol.doubled,
+    "embedding tuned": protocol.embedding_tuned,
+}
+
+
+def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date: str) -> None:
+    """Write ``stem``.md and ``stem``.json."""
+    all_of = tasks(scale)
+    lines = [
+        "# Convergence: the tables",
+        "",
+        f"{date}, {machine}, torch {torch.__version__}; `python -m benchmarks.convergence`. What it means is in "
+        "[docs/results.md](../../docs/results.md).",
+        "",
+        f"{len(SEEDS)} seeds; every optimizer at its own best learning rate. **Bold**: the 95 % interval of the paired "
+        "difference leaves 0 out. Negative is better.",
+        "",
+        "## Held-out loss, difference to AdamW",
+        "",
+        *_differences(all_of, [v.name for v in VARIANTS], ADAMW, done),
+        "",
+        "## Held-out loss, difference to AlphaAdam with its defaults",
+        "",
+        *_differences(all_of, [v.name for v in VARIANTS], ALPHAADAM, done),
+    ]
+    for task in all_of:
+        lines += ["", f"## {task.title}", "", *_task(task, done, times[task.name])]
+    lines += ["", "## Controls: difference to AdamW under the same control", ""]
+    lines += [f"Loss of AdamW, and the differences to it. Seeds {SEEDS[0]} to {SEEDS[-1]}.", ""]
+    lines += _controls(all_of, done)
+    lines += ["", "## Alpha", "", *_alphas(all_of, done)]
+    lines += ["", "## Counterexamples", ""]
+    for task in counterexamples.TASKS:
+        lines += [f"### {task.title}", "", *_counterexample(task, done), ""]
+    stem.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+    stem.with_suffix(".json").write_text(
+        json.dumps(
+            {
+                "date": date,
+                "machine": machine,
+                "torch": torch.__version__,
+                "scale": asdict(scale),
+                "step_milliseconds": times,
+                "runs": [_entry(result) for result in done.values()],
+            }
+        )
+        + "\n"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def show(difference: Difference) -> str:
+    if math.isnan(difference.mean):
+        return "diverged"
+    text = f"{difference.mean:+.3f} ± {difference.half:.3f}"
+    return f"**{text}**" if difference.clear else text
+
+
+def _differences(all_of: Sequence[Task], names: Sequence[str], other: str, done: Done) -> list[str]:
+    rows = [
+        [name, *(show(analysis.against(task, name, other, done)) for task in all_of)]
+        for name in names if name != other
+    ]  # fmt: skip
+    return table(["", *(task.title for task in all_of)], rows)
+
+
+def _task(task: Task, done: Done, times: dict[str, tuple[float, float]]) -> list[str]:
+    edges = (min(task.rates), max(task.rates))
+    rows = []
+    for variant in VARIANTS:
+        rate = protocol.best_rate(task, variant, done)
+        losses = analysis.losses(task, variant.name, done)
+        reached = analysis.reached_adamw(task, variant.name, done)
+        model, update = times[variant.name]
+        pace = (model + update) / sum(times[ADAMW])
+        rows.append(
+            [
+                variant.name,
+                f"{rate * variant.lr_scale:g}" + (" (edge)" if rate in edges else ""),
+                f"{statistics.fmean(losses):.3f} ({statistics.stdev(losses):.3f})",
+                f"{reached.share:.2f} ({reached.seeds})" if reached.seeds else f"- ({reached.seeds})",
+                f"{reached.share * pace:.2f}" if reached.seeds else "-",
+                f"{model:.1f} + {update:.1f}",
+            ]
+        )
+    steps = "steps to AdamW's best, as a share of AdamW's (seeds)"
+    head = ["", "lr", f"{task.measure} (sd)", steps, "the same in time", "ms a step: model + optimizer"]
+    return table(head, rows)
+
+
+def _controls(all_of: Sequence[Task], done: Done) -> list[str]:
+    others = [variant.name for variant in FINALISTS if variant.name != ADAMW]
+    rows = []
+    for task in all_of:
+        for control, choose in CONTROLS.items():
+            adamw = statistics.fmean(analysis.losses(task, ADAMW, done, choose))
+            cells = [show(analysis.against(task, name, ADAMW, done, choose)) for name in others]
+            if choose is protocol.embedding_tuned:
+                chosen = [protocol.best_multiplier(task, BY_NAME[name], done) for name in (ADAMW, *others)]
+                control += f" (x {', '.join(f'{m:g}' for m in chosen)})"
+            rows.append([task.title, control, f"{adamw:.3f}", *cells])
+    return table(["", "control", ADAMW, *others], rows)
+
+
+def _alphas(all_of: Sequence[Task], done: Done) -> list[str]:
+    rows = []
+    for variant in VARIANTS:
+        results = [[done[protocol.final(task, variant, done, seed)] for seed in SEEDS] for task in all_of]
+        if results[0][0].alpha_mean is not None:
+            rows.append([variant.name, *(_alpha(of_task) for of_task in results)])
+    return [
+        "Mean over the steps, and the largest of any step and seed.",
+        "",
+        *table(["", *(t.title for t in all_of)], rows),
+    ]
+
+
+def _alpha(results: Sequence[Result]) -> str:
+    means = [result.alpha_mean for result in results if result.alpha_mean is not None]
+    peaks = [result.alpha_peak for result in results if result.alpha_peak is not None]
+    return f"{statistics.fmean(means):.2f}, {max(peaks):.2f}"
+
+
+def _counterexample(task: Task, done: Done) -> list[str]:
+    jobs = protocol.everything(task, done)
+    rows = []
+    for variant in VARIANTS:
+        row = [variant.name]
+        for rate in task.rates:
+            lr = rate * variant.lr_scale
+            values = [done[job].final for job in jobs if job.variant == variant.name and job.lr == lr]
+            row.append(f"{statistics.fmean(values):.3g}" if all(map(math.isfinite, values)) else "diverged")
+        rows.append(row)
+    return [f"{task.measure.capitalize()}, mean of {len(SEEDS)} seeds, by learning rate (Lion's is a tenth).", "",
+            *table(["", *(f"{rate:g}" for rate in task.rates)], rows)]  # fmt: skip
+
+
+def _entry(result: Result) -> dict[str, object]:
+    curve = [[step, round(loss, 5) if math.isfinite(loss) else None] for step, loss in result.curve]
+    return {**asdict(result), "curve": curve}
