@@ -88,10 +88,12 @@ def first_below(curve: Sequence[tuple[int, float]], target: float) -> float | No
 
 
 def gain_over_training(task: Task, name: str, done: Done) -> list[tuple[int, Difference]]:
-    """The paired difference to AdamW at every evaluation of the finals, up to where a run diverged."""
+    """The paired difference to AdamW at every evaluation of the finals; nothing where a run diverged."""
     ours = [done[protocol.final(task, BY_NAME[name], done, seed)].curve for seed in SEEDS]
     theirs = [done[protocol.final(task, BY_NAME[ADAMW], done, seed)].curve for seed in SEEDS]
+    if not all(math.isfinite(loss) for curve in (*ours, *theirs) for _, loss in curve):
+        return []
     return [
         (points[0][0], paired([p[1] for p in points[: len(SEEDS)]], [p[1] for p in points[len(SEEDS) :]]))
-        for points in zip(*ours, *theirs, strict=False)
+        for points in zip(*ours, *theirs, strict=True)
     ]

@@ -13,7 +13,7 @@ import torch
 
 from . import analysis, counterexamples, protocol
 from .analysis import Difference, Done
-from .protocol import FINALISTS, SEEDS
+from .protocol import CONTROLLED, SEEDS
 from .runs import Result
 from .tasks import Scale, tasks
 from .trial import Task
@@ -38,7 +38,7 @@ def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date
         f"{date}, {machine}, torch {torch.__version__}; `python -m benchmarks.convergence`. What it means is in "
         "[docs/results.md](../../docs/results.md).",
         "",
-        f"{len(SEEDS)} seeds; every optimizer at its own best learning rate. **Bold**: the 95 % interval of the paired "
+        f"{len(SEEDS)} seeds; each optimizer at its own best learning rate. **Bold**: the 95 % interval of the paired "
         "difference leaves 0 out. Negative is better.",
         "",
         "## Held-out loss, difference to AdamW",
@@ -51,6 +51,8 @@ def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date
     ]
     for task in all_of:
         lines += ["", f"## {task.title}", "", *_task(task, done, times[task.name])]
+    lines += ["", "## Screening: the lowest loss of the grid, one seed, and its learning rate", ""]
+    lines += _screening(all_of, done)
     lines += ["", "## Controls: difference to AdamW under the same control", ""]
     lines += [f"Loss of AdamW, and the differences to it. Seeds {SEEDS[0]} to {SEEDS[-1]}.", ""]
     lines += _controls(all_of, done)
@@ -117,8 +119,21 @@ def _task(task: Task, done: Done, times: dict[str, tuple[float, float]]) -> list
     return table(head, rows)
 
 
+def _screening(all_of: Sequence[Task], done: Done) -> list[str]:
+    rows = []
+    for variant in VARIANTS:
+        row = [variant.name]
+        for task in all_of:
+            rate = protocol.best_rate(task, variant, done)
+            loss = done[protocol.screened(task, variant, rate)].final
+            edge = ", edge" if rate in (min(task.rates), max(task.rates)) else ""
+            row.append(f"{loss:.3f} ({rate * variant.lr_scale:g}{edge})")
+        rows.append(row)
+    return table(["", *(task.title for task in all_of)], rows)
+
+
 def _controls(all_of: Sequence[Task], done: Done) -> list[str]:
-    others = [variant.name for variant in FINALISTS if variant.name != ADAMW]
+    others = [variant.name for variant in CONTROLLED if variant.name != ADAMW]
     rows = []
     for task in all_of:
         for control, choose in CONTROLS.items():

@@ -63,6 +63,7 @@ def run(scale: Scale, job: Job) -> Result:
         groups.append({"params": start.embedding, "scale": job.embedding})
     optimizer = variant.build(groups, job.lr, steps=task.steps, seed=job.seed)
     schedule = LambdaLR(optimizer, functools.partial(warmup_and_cosine, task.steps))
+    measured = {round(task.steps * (i + 1) / job.evaluations) for i in range(job.evaluations)}
     curve: list[tuple[int, float]] = []
     alphas: list[float] = []
     for step in range(task.steps):
@@ -76,7 +77,7 @@ def run(scale: Scale, job: Job) -> Result:
             start.project()
         if isinstance(optimizer, AlphaAdam):
             alphas.append(optimizer.metrics()["alpha"])
-        if (step + 1) % max(1, task.steps // job.evaluations) == 0:
+        if step + 1 in measured:
             loss = start.evaluate()
             curve.append((step + 1, loss if math.isfinite(loss) else math.inf))
             if not math.isfinite(loss):

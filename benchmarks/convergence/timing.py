@@ -6,21 +6,19 @@ import statistics
 import time
 from typing import Any
 
-from .runs import all_tasks
 from .tasks import Scale, tasks
-from .variants import VARIANTS
+from .trial import Task
+from .variants import VARIANTS, Variant
 
 WARM, MEASURED = 3, 15
 
 
 def step_times(scale: Scale) -> dict[str, dict[str, tuple[float, float]]]:
     """task -> optimizer -> median milliseconds of (forward and backward, optimizer step). On the CPU."""
-    return {task.name: {v.name: _measure(scale, task.name, v.name) for v in VARIANTS} for task in tasks(scale)}
+    return {task.name: {v.name: _measure(task, v) for v in VARIANTS} for task in tasks(scale)}
 
 
-def _measure(scale: Scale, task_name: str, variant_name: str) -> tuple[float, float]:
-    task = all_tasks(scale)[task_name]
-    variant = next(v for v in VARIANTS if v.name == variant_name)
+def _measure(task: Task, variant: Variant) -> tuple[float, float]:
     start = task.start(0)
     groups: list[dict[str, Any]] = [{"params": start.other, "scale": 1.0}, {"params": start.embedding, "scale": 1.0}]
     optimizer = variant.build(groups, 1e-3 * variant.lr_scale, steps=task.steps, seed=0)

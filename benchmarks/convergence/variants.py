@@ -23,14 +23,14 @@ class Variant:
     Args:
         lr_scale: its learning rates are the task's grid times this, and its weight decay is divided by it, so that
             their product is that of the others.
-        finalist: goes on to the controls: twice the learning rate, no clipping, the embedding's learning rate.
+        controlled: goes on to the controls: no clipping, twice the learning rate, the embedding's learning rate.
     """
 
     name: str
     optimizer: Callable[..., Optimizer]
     options: dict[str, Any]
     lr_scale: float = 1.0
-    finalist: bool = False
+    controlled: bool = False
 
     def build(self, groups: list[dict[str, Any]], lr: float, *, steps: int, seed: int) -> Optimizer:
         """The optimizer over ``groups``, whose own "scale" multiplies ``lr``. "warmup" is a share of ``steps``."""
@@ -46,19 +46,19 @@ class Variant:
 ADAMW, ALPHAADAM = "AdamW", "AlphaAdam"
 
 VARIANTS = (
-    Variant(ADAMW, AdamW, {"fused": True}, finalist=True),
-    Variant(ALPHAADAM, AlphaAdam, {}, finalist=True),
+    Variant(ADAMW, AdamW, {"fused": True}, controlled=True),
+    Variant(ALPHAADAM, AlphaAdam, {}, controlled=True),
     Variant("AlphaAdam delayed", AlphaAdam, {"sync": "delayed"}),
     Variant("AlphaAdam layer", AlphaAdam, {"scope": "layer"}),
     Variant("AlphaAdam tau 0.05", AlphaAdam, {"threshold": 0.05}),
-    Variant("AlphaAdam tau 1/9", AlphaAdam, {"threshold": 1 / 9}, finalist=True),
+    Variant("AlphaAdam tau 1/9", AlphaAdam, {"threshold": 1 / 9}, controlled=True),
     Variant("AlphaAdam tau 0.2", AlphaAdam, {"threshold": 0.2}),
     Variant("AlphaAdam gamma 0.1", AlphaAdam, {"gamma": 0.1}),
     Variant("AlphaAdam gamma 0.5", AlphaAdam, {"gamma": 0.5}),
     Variant("AlphaAdam warm-up", AlphaAdam, {"warmup": 0.2}),
     Variant("constant alpha", baselines.ConstantAlpha, {"alpha": 2.0}),
     Variant("random mask", baselines.RandomMask, {}),
-    Variant("C-AdamW", baselines.CAdamW, {}, finalist=True),
+    Variant("C-AdamW", baselines.CAdamW, {}, controlled=True),
     Variant("MGUP", baselines.MGUPAdamW, {}),
     Variant("CMGUP", baselines.CMGUPAdamW, {}),
     Variant("Lion", baselines.Lion, {"betas": (0.9, 0.99)}, lr_scale=0.1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from alphaadam_dist import AlphaAdam
-from benchmarks.convergence import analysis, counterexamples, protocol, report, runs, tasks
+from benchmarks.convergence import analysis, counterexamples, protocol, report, runs, tasks, timing
 from benchmarks.convergence.plots import draw
 from benchmarks.convergence.runner import Runner, results_file
 from benchmarks.convergence.runs import Job, Result
@@ -56,6 +57,11 @@ def test_first_below_interpolates() -> None:
     assert analysis.first_below(curve, 3.25) == pytest.approx(17.5)
     assert analysis.first_below(curve, 4.5) == 10
     assert analysis.first_below(curve, 0.5) is None
+
+
+def test_the_last_measurement_is_at_the_end() -> None:
+    curve = runs.run(replace(TINY, steps=9), Job("skewed", ADAMW, 1e-2, seed=1, evaluations=3)).curve
+    assert [step for step, _ in curve] == [333, 667, 1000]
 
 
 def test_schedule_warms_up_and_ends_at_nothing() -> None:
@@ -164,6 +170,14 @@ def test_rounds_tune_on_one_seed_and_judge_on_others() -> None:
     assert protocol.final(task, BY_NAME["Lion"], done, 1).lr == pytest.approx(2e-4)
 
 
+def test_step_times_are_of_every_optimizer(scale: tasks.Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "tasks", lambda scale: tasks.tasks(scale)[:1])
+    monkeypatch.setattr(timing, "MEASURED", 3)
+    times = timing.step_times(scale)["gpt"]
+    assert times.keys() == {variant.name for variant in VARIANTS}
+    assert all(model > 0 and update > 0 for model, update in times.values())
+
+
 @pytest.mark.slow
 def test_the_report_says_what_the_runs_say(tmp_path: Path, scale: tasks.Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     done = all_rounds(scale)
@@ -179,15 +193,16 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path, scale: tasks.Scale, m
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = results_file(TINY, tmp_path)
     jobs = [Job("rotated", ADAMW, lr, seed=1) for lr in (0.01, 0.1)]
     runner = Runner(TINY, file, workers=1)
+    runner.pool = ThreadPoolExecutor(1)
     [first] = runner.results(jobs[:1])
     runner.close()
     file.write_text(file.read_text() + '{"job": {"task": "rot')  # killed while writing
     runner = Runner(TINY, file, workers=1)
+    runner.pool = ThreadPoolExecutor(1)
     assert runner.done == {jobs[0]: first}
     assert len(list(runner.results(jobs))) == 2
     runner.close()
