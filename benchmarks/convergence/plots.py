@@ -109,7 +109,7 @@ def _rates(all_of: Sequence[Task], done: Done) -> Figure:
     figure, panels = _panels(len(all_of), 4.0, "held-out loss by learning rate, one seed (Lion: at a tenth of it)")
     for axes, task in zip(panels, all_of, strict=True):
         for name, color in COLORS.items():
-            values = [done[protocol.screened(task, BY_NAME[name], rate)].final for rate in task.rates]
+            values = [done[protocol.tuning(task, BY_NAME[name], rate)].final for rate in task.rates]
             axes.plot(task.rates, values, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
         axes.set_xscale("log", base=2)
         axes.set_xticks(task.rates, [f"{rate:g}" for rate in task.rates], fontsize=8.5)
@@ -129,7 +129,8 @@ def _counterexamples(done: Done) -> Figure:
             variant = BY_NAME[name]
             values = [
                 statistics.fmean(
-                    done[Job(task.name, name, rate * variant.lr_scale, seed)].final for seed in protocol.SEEDS
+                    done[Job(task.name, name, rate * variant.lr_scale, seed)].final
+                    for seed in protocol.COUNTEREXAMPLE_SEEDS
                 )
                 for rate in task.rates
             ]

@@ -1,17 +1,19 @@
 """The rounds of the comparison: what is run, and at which learning rate.
 
-1. screening: every optimizer at every learning rate of the task's grid, one seed. Its best goes on.
-2. finals: every optimizer at its best rate, five seeds that screening did not use.
-3. controls, for four of them, on the same five seeds: without clipping; at twice the best rate; with the learning rate
-   of the embedding tuned as well (one seed chooses its multiplier).
+1. screening: every optimizer at every learning rate of the task's grid, one seed.
+2. run-off: its two best rates on two more seeds. The lower mean of the three is its best rate.
+3. finals: every optimizer at its best rate, five seeds that tuning did not use.
+4. controls, for four of them, on the same five seeds: without clipping; at twice the best rate; with the learning rate
+   of the embedding tuned as well, on the three tuning seeds.
 
-The counterexamples have no tuning: every optimizer at every rate, five seeds, and all of it is shown.
+The counterexamples have no tuning: every optimizer at every rate, three seeds, and all of it is shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from statistics import fmean
 
 from . import counterexamples
 from .runs import Job, Result
@@ -19,8 +21,9 @@ from .tasks import Scale, tasks
 from .trial import Task
 from .variants import VARIANTS, Variant
 
-SCREENING_SEED = 0
+TUNING_SEEDS = (0, 11, 12)
 SEEDS = (1, 2, 3, 4, 5)
+COUNTEREXAMPLE_SEEDS = (1, 2, 3)
 EVALUATIONS = 8
 MULTIPLIERS = (1.0, 2.0, 4.0)
 CONTROLLED = tuple(variant for variant in VARIANTS if variant.controlled)
@@ -29,18 +32,38 @@ Done = Mapping[Job, Result]
 
 
 def screening(task: Task, done: Done) -> list[Job]:
-    return [screened(task, variant, rate) for variant in VARIANTS for rate in task.rates]
+    return [tuning(task, variant, rate) for variant in VARIANTS for rate in task.rates]
+
+
+def two_best(task: Task, variant: Variant, done: Done) -> list[float]:
+    """The two rates of the task's grid, before the optimizer's own scale, with the lowest losses in screening."""
+    return sorted(task.rates, key=lambda rate: done[tuning(task, variant, rate)].final)[:2]
+
+
+def run_off(task: Task, done: Done) -> list[Job]:
+    return [
+        tuning(task, variant, rate, seed)
+        for variant in VARIANTS for rate in two_best(task, variant, done) for seed in TUNING_SEEDS
+    ]  # fmt: skip
 
 
 def best_rate(task: Task, variant: Variant, done: Done) -> float:
-    """The rate of the task's grid, before the optimizer's own scale, with the lowest loss in screening."""
-    return min(task.rates, key=lambda rate: done[screened(task, variant, rate)].final)
+    """That of the two best with the lower mean over the tuning seeds."""
+
+    def loss(rate: float) -> float:
+        return fmean(done[tuning(task, variant, rate, seed)].final for seed in TUNING_SEEDS)
+
+    return min(two_best(task, variant, done), key=loss)
 
 
 def best_multiplier(task: Task, variant: Variant, done: Done) -> float:
-    """The multiplier of the embedding's learning rate with the lowest loss in screening."""
-    best = _at_best(task, variant, done, SCREENING_SEED)
-    return min(MULTIPLIERS, key=lambda multiplier: done[replace(best, embedding=multiplier)].final)
+    """The multiplier of the embedding's learning rate with the lowest mean over the tuning seeds."""
+
+    def loss(multiplier: float) -> float:
+        jobs = (_at_best(task, variant, done, seed) for seed in TUNING_SEEDS)
+        return fmean(done[replace(job, embedding=multiplier)].final for job in jobs)
+
+    return min(MULTIPLIERS, key=loss)
 
 
 def final(task: Task, variant: Variant, done: Done, seed: int) -> Job:
@@ -63,11 +86,11 @@ def embedding_tuned(task: Task, variant: Variant, done: Done, seed: int) -> Job:
 
 
 def _at_best(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return replace(screened(task, variant, best_rate(task, variant, done)), seed=seed)
+    return tuning(task, variant, best_rate(task, variant, done), seed)
 
 
-def screened(task: Task, variant: Variant, rate: float) -> Job:
-    return Job(task.name, variant.name, rate * variant.lr_scale, SCREENING_SEED)
+def tuning(task: Task, variant: Variant, rate: float, seed: int = TUNING_SEEDS[0]) -> Job:
+    return Job(task.name, variant.name, rate * variant.lr_scale, seed)
 
 
 def finals(task: Task, done: Done) -> list[Job]:
@@ -78,8 +101,8 @@ def controls(task: Task, done: Done) -> list[Job]:
     return [control(task, v, done, seed) for control in (unclipped, doubled) for v in CONTROLLED for seed in SEEDS]
 
 
-def embedding_screening(task: Task, done: Done) -> list[Job]:
-    best = [_at_best(task, variant, done, SCREENING_SEED) for variant in CONTROLLED]
+def embedding_tuning(task: Task, done: Done) -> list[Job]:
+    best = [_at_best(task, variant, done, seed) for variant in CONTROLLED for seed in TUNING_SEEDS]
     return [replace(job, embedding=multiplier) for job in best for multiplier in MULTIPLIERS]
 
 
@@ -89,8 +112,8 @@ def embedding_finals(task: Task, done: Done) -> list[Job]:
 
 def everything(task: Task, done: Done) -> list[Job]:
     return [
-        replace(screened(task, variant, rate), seed=seed)
-        for variant in VARIANTS for rate in task.rates for seed in SEEDS
+        tuning(task, variant, rate, seed)
+        for variant in VARIANTS for rate in task.rates for seed in COUNTEREXAMPLE_SEEDS
     ]  # fmt: skip
 
 
@@ -98,10 +121,11 @@ COUNTEREXAMPLES = "counterexamples"
 # Each round needs the results of those before it.
 ROUNDS: dict[str, Callable[[Task, Done], list[Job]]] = {
     "screening": screening,
+    "run-off": run_off,
     "finals": finals,
-    COUNTEREXAMPLES: everything,
     "controls": controls,
-    "embedding rates": embedding_screening,
+    COUNTEREXAMPLES: everything,
+    "embedding rates": embedding_tuning,
     "embedding": embedding_finals,
 }
 
