@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -72,6 +73,7 @@ def _from_entry(entry: dict[str, Any]) -> Result:
 def start_process() -> None:
     """One thread, operations that repeat bit for bit, and no chatter from libraries."""
     torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism costs on a GPU
     torch.use_deterministic_algorithms(True)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from alphaadam_dist import AlphaAdam
+from alphaadam_dist.training.data import byte_level_bpe
 from benchmarks.convergence import analysis, counterexamples, protocol, report, runs, tasks, timing
 from benchmarks.convergence.plots import draw
 from benchmarks.convergence.runner import Runner, results_file
@@ -25,19 +27,19 @@ TINY = replace(
 )  # fmt: skip
 
 
-@pytest.fixture
-def scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tasks.Scale:
+@pytest.fixture(scope="module")
+def scale(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tasks.Scale]:
     """Small enough to train in a blink, on text of its own."""
-    monkeypatch.setenv("ALPHAADAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tasks, "PACKAGES", ("json", "tomllib"))
-    monkeypatch.setattr(tasks, "topics", {f"topic {i}": f"Statement {i} is a statement. " * 40 for i in range(60)})
-    for cached in (tasks.corpus_named, tasks.blocks, tasks.bpe, tasks.manual, tasks.package_pieces):
-        cached.cache_clear()
-    data = tmp_path / "data"
-    data.mkdir()
+    data = tmp_path_factory.mktemp("data")
     for i in range(60):
         (data / f"{i}.txt").write_text(f"def f{i}(x): return x + {i}\n" * 20)
-    return replace(TINY, data=str(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALPHAADAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(tasks, "PACKAGES", ("json", "tomllib"))
+        patch.setattr(tasks, "topics", {f"topic {i}": f"Statement {i} is a statement. " * 40 for i in range(60)})
+        yield replace(TINY, data=str(data))
+        for cached in (tasks.corpus_named, tasks.blocks, tasks.bpe, tasks.manual, tasks.package_pieces):
+            cached.cache_clear()
 
 
 def test_paired_differences_and_their_interval() -> None:
@@ -101,6 +103,19 @@ def test_all_optimizers_of_a_seed_start_from_the_same_weights_and_data(scale: ta
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert one.loss(5).item() == two.loss(5).item()
     assert one.loss(5).item() != one.loss(6).item()
+
+
+def test_a_model_given_by_its_folder_is_fine_tuned_with_its_own_tokenizer(scale: tasks.Scale, tmp_path: Path) -> None:
+    model = tasks.new_llama(scale)
+    folder = str(tmp_path / "model")
+    model.save_pretrained(folder)
+    byte_level_bpe(tasks.corpus_named(scale.data), 280).save_pretrained(folder)
+    trial = tasks.finetune(replace(scale, pretrained=folder), seed=1)
+    assert trial.embedding is not None
+    torch.testing.assert_close(trial.embedding[0], model.get_input_embeddings().weight, rtol=0, atol=0)
+    train, _ = tasks.blocks(tasks.manual(), tasks.AutoTokenizer.from_pretrained(folder), scale.block)
+    assert int(train.max()) < 280
+    assert trial.loss(0).isfinite()
 
 
 @pytest.mark.slow
