@@ -27,6 +27,7 @@ def main(
     pretrained: Annotated[str | None, typer.Option(help="Model to fine-tune: hub id or folder.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the longest task.")] = None,
     out: Annotated[Path, typer.Option(help="Where tables and pictures go.")] = RESULTS,
+    report_only: Annotated[bool, typer.Option("--report", help="Run nothing, report what is finished.")] = False,
     workers: Annotated[int, typer.Option(help="Processes, one thread each; 1 for a GPU.")] = 2,
 ) -> None:
     """Compare optimizers at equal tuning budgets. Finished runs are kept: start again to go on."""
@@ -42,6 +43,17 @@ def main(
         tasks.pretrain(scale)
     console = Console()
     runner = Runner(scale, results_file(scale, RUNS), workers)
+    if not report_only:
+        _sweep(scale, runner, console)
+    console.print("step times, one thread")
+    date = datetime.date.today().isoformat()
+    stem = out / f"{date}-convergence{'-large' if large else ''}"
+    report.write(stem, scale, runner.done, timing.step_times(scale), machine(), date)
+    for path in (stem.with_suffix(".md"), *plots.draw(stem, scale, runner.done)):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def _sweep(scale: tasks.Scale, runner: Runner, console: Console) -> None:
     columns = (TextColumn("{task.description:42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for name, jobs_of in protocol.ROUNDS.items():
@@ -50,12 +62,6 @@ def main(
                 for _ in progress.track(runner.results(jobs), len(jobs), description=f"{task.title}: {name}"):
                     pass
     runner.close()
-    console.print("step times, one thread")
-    date = datetime.date.today().isoformat()
-    stem = out / f"{date}-convergence{'-large' if large else ''}"
-    report.write(stem, scale, runner.done, timing.step_times(scale), machine(), date)
-    for path in (stem.with_suffix(".md"), *plots.draw(stem, scale, runner.done)):
-        console.print(f"wrote {path}", highlight=False)
 
 
 def machine() -> str:

@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from . import analysis, counterexamples, protocol
+from . import analysis, protocol
 from .analysis import Done
 from .runs import Job
-from .tasks import Scale, tasks
+from .tasks import Scale
 from .trial import Task
 from .variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
 
@@ -37,13 +37,19 @@ COLORS = {
 
 
 def draw(stem: Path, scale: Scale, done: Done) -> list[Path]:
-    """Write the four pictures beside ``stem`` and return where they are."""
-    pictures = {"differences": _differences, "training": _training, "rates": _rates}
+    """Write the pictures beside ``stem`` and return where they are. Of a sweep cut short, those that can be drawn."""
+    pictures = {
+        "differences": (_differences, "finals"),
+        "training": (_training, "finals"),
+        "rates": (_rates, "screening"),
+        "counterexamples": (_counterexamples, protocol.COUNTEREXAMPLES),
+    }
     paths = []
     with matplotlib.rc_context(STYLE):
-        for name, draw_one in pictures.items():
-            paths.append(_save(draw_one(tasks(scale), done), stem, name))
-        paths.append(_save(_counterexamples(done), stem, "counterexamples"))
+        for name, (draw_one, made_by) in pictures.items():
+            finished = protocol.finished(made_by, scale, done)
+            if finished:
+                paths.append(_save(draw_one(finished, done), stem, name))
     return paths
 
 
@@ -57,7 +63,7 @@ def _panels(count: int, height: float, title: str, *, share_y: bool = False) -> 
     figure = Figure(
         figsize=(3.1 * count + 1.2, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     )
-    panels = figure.subplots(1, count, sharey=share_y)
+    panels = figure.subplots(1, count, sharey=share_y, squeeze=False)[0]
     figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
     return figure, list(panels)
 
@@ -119,12 +125,10 @@ def _rates(all_of: Sequence[Task], done: Done) -> Figure:
     return figure
 
 
-def _counterexamples(done: Done) -> Figure:
+def _counterexamples(all_of: Sequence[Task], done: Done) -> Figure:
     """The last measure by learning rate, a panel a problem."""
-    figure, panels = _panels(
-        len(counterexamples.TASKS), 4.2, "counterexamples: where it ends, by learning rate; lower is better"
-    )
-    for axes, task in zip(panels, counterexamples.TASKS, strict=True):
+    figure, panels = _panels(len(all_of), 4.2, "counterexamples: where it ends, by learning rate; lower is better")
+    for axes, task in zip(panels, all_of, strict=True):
         for name, color in COLORS.items():
             variant = BY_NAME[name]
             values = [

@@ -133,3 +133,15 @@ ROUNDS: dict[str, Callable[[Task, Done], list[Job]]] = {
 def tasks_of(name: str, scale: Scale) -> tuple[Task, ...]:
     """The tasks that a round is about."""
     return counterexamples.TASKS if name == COUNTEREXAMPLES else tasks(scale)
+
+
+def finished(name: str, scale: Scale, done: Done) -> list[Task]:
+    """The tasks for which a round has all its results."""
+    return [task for task in tasks_of(name, scale) if _is_finished(name, task, done)]
+
+
+def _is_finished(name: str, task: Task, done: Done) -> bool:
+    try:
+        return all(job in done for job in ROUNDS[name](task, done))
+    except KeyError:  # a round before it is not finished
+        return False

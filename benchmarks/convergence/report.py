@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import analysis, counterexamples, protocol
+from . import analysis, protocol
 from .analysis import Difference, Done
 from .protocol import CONTROLLED, COUNTEREXAMPLE_SEEDS, SEEDS, TUNING_SEEDS
 from .runs import Result
@@ -21,17 +21,18 @@ from .variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
 
 Times = dict[str, dict[str, tuple[float, float]]]
 
+# name -> its runs, and the round that makes them
 CONTROLS = {
-    "best rate": protocol.final,
-    "no clipping": protocol.unclipped,
-    "twice the rate": protocol.doubled,
-    "embedding tuned": protocol.embedding_tuned,
+    "best rate": (protocol.final, "finals"),
+    "no clipping": (protocol.unclipped, "controls"),
+    "twice the rate": (protocol.doubled, "controls"),
+    "embedding tuned": (protocol.embedding_tuned, "embedding"),
 }
 
 
 def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date: str) -> None:
-    """Write ``stem``.md and ``stem``.json."""
-    all_of = tasks(scale)
+    """Write ``stem``.md and ``stem``.json. Of a sweep that was cut short, what is finished."""
+    all_of = protocol.finished("finals", scale, done)
     lines = [
         "# Convergence: the tables",
         "",
@@ -55,10 +56,10 @@ def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date
     lines += _tuning(all_of, done)
     lines += ["", "## Controls: difference to AdamW under the same control", ""]
     lines += [f"Loss of AdamW, and the differences to it. Seeds {SEEDS[0]} to {SEEDS[-1]}.", ""]
-    lines += _controls(all_of, done)
+    lines += _controls(scale, done)
     lines += ["", "## Alpha", "", *_alphas(all_of, done)]
     lines += ["", "## Counterexamples", ""]
-    for task in counterexamples.TASKS:
+    for task in protocol.finished(protocol.COUNTEREXAMPLES, scale, done):
         lines += [f"### {task.title}", "", *_counterexample(task, done), ""]
     stem.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     stem.with_suffix(".json").write_text(
@@ -132,11 +133,14 @@ def _tuning(all_of: Sequence[Task], done: Done) -> list[str]:
     return table(["", *(task.title for task in all_of)], rows)
 
 
-def _controls(all_of: Sequence[Task], done: Done) -> list[str]:
+def _controls(scale: Scale, done: Done) -> list[str]:
     others = [variant.name for variant in CONTROLLED if variant.name != ADAMW]
     rows = []
-    for task in all_of:
-        for control, choose in CONTROLS.items():
+    finished = {name: [t.name for t in protocol.finished(name, scale, done)] for name in protocol.ROUNDS}
+    for task in tasks(scale):
+        for control, (choose, made_by) in CONTROLS.items():
+            if task.name not in finished[made_by]:
+                continue
             adamw = statistics.fmean(analysis.losses(task, ADAMW, done, choose))
             cells = [show(analysis.against(task, name, ADAMW, done, choose)) for name in others]
             if choose is protocol.embedding_tuned:

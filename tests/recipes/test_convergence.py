@@ -205,8 +205,22 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path, scale: tasks.Scale, m
     assert "0.88 (5)" in text
     held = json.loads(stem.with_suffix(".json").read_text())
     assert len(held["runs"]) == len(done)
-    for path in draw(stem, scale, done):
-        assert path.read_bytes().startswith(b"\x89PNG")
+    pictures = draw(stem, scale, done)
+    assert len(pictures) == 4
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+    # cut short: one final of the last task is missing, and all that came after
+    task = tasks.tasks(scale)[-1]
+    missing = protocol.final(task, VARIANTS[-1], done, protocol.SEEDS[-1])
+    finals = {job for t in tasks.tasks(scale) for job in protocol.finals(t, done)}
+    part = {
+        job: r for job, r in done.items() if job != missing and (job.seed in protocol.TUNING_SEEDS or job in finals)
+    }
+    report.write(stem, scale, part, times, "a machine", "2000-01-01")
+    text = stem.with_suffix(".md").read_text()
+    assert "## GPT" in text
+    assert f"## {task.title}" not in text
+    assert "no clipping" not in text
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
