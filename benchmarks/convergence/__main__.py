@@ -43,12 +43,14 @@ def main(
         tasks.pretrain(scale)
     console = Console()
     runner = Runner(scale, results_file(scale, RUNS), workers)
+    times: report.Times = {}
     if not report_only:
         _sweep(scale, runner, console)
-    console.print("step times, one thread")
+        console.print("step times, one thread")
+        times = timing.step_times(scale)
     date = datetime.date.today().isoformat()
     stem = out / f"{date}-convergence{'-large' if large else ''}"
-    report.write(stem, scale, runner.done, timing.step_times(scale), machine(), date)
+    report.write(stem, scale, runner.done, times, machine(), date)
     for path in (stem.with_suffix(".md"), *plots.draw(stem, scale, runner.done)):
         console.print(f"wrote {path}", highlight=False)
 

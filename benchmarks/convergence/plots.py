@@ -48,7 +48,7 @@ def draw(stem: Path, scale: Scale, done: Done) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         for name, (draw_one, made_by) in pictures.items():
             finished = protocol.finished(made_by, scale, done)
-            if finished:
+            if len(finished) == len(protocol.tasks_of(made_by, scale)):
                 paths.append(_save(draw_one(finished, done), stem, name))
     return paths
 

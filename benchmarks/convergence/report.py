@@ -21,17 +21,16 @@ from .variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
 
 Times = dict[str, dict[str, tuple[float, float]]]
 
-# name -> its runs, and the round that makes them
 CONTROLS = {
-    "best rate": (protocol.final, "finals"),
-    "no clipping": (protocol.unclipped, "controls"),
-    "twice the rate": (protocol.doubled, "controls"),
-    "embedding tuned": (protocol.embedding_tuned, "embedding"),
+    "best rate": protocol.final,
+    "no clipping": protocol.unclipped,
+    "twice the rate": protocol.doubled,
+    "embedding tuned": protocol.embedding_tuned,
 }
 
 
 def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date: str) -> None:
-    """Write ``stem``.md and ``stem``.json. Of a sweep that was cut short, what is finished."""
+    """Write ``stem``.md and ``stem``.json: of a sweep cut short what is finished, and without ``times`` none."""
     all_of = protocol.finished("finals", scale, done)
     lines = [
         "# Convergence: the tables",
@@ -51,7 +50,7 @@ def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date
         *_differences(all_of, [v.name for v in VARIANTS], ALPHAADAM, done),
     ]
     for task in all_of:
-        lines += ["", f"## {task.title}", "", *_task(task, done, times[task.name])]
+        lines += ["", f"## {task.title}", "", *_task(task, done, times.get(task.name))]
     lines += ["", "## Tuning: the best learning rate, and its loss on the three tuning seeds", ""]
     lines += _tuning(all_of, done)
     lines += ["", "## Controls: difference to AdamW under the same control", ""]
@@ -96,27 +95,29 @@ def _differences(all_of: Sequence[Task], names: Sequence[str], other: str, done:
     return table(["", *(task.title for task in all_of)], rows)
 
 
-def _task(task: Task, done: Done, times: dict[str, tuple[float, float]]) -> list[str]:
+def _task(task: Task, done: Done, times: dict[str, tuple[float, float]] | None) -> list[str]:
     edges = (min(task.rates), max(task.rates))
     rows = []
     for variant in VARIANTS:
         rate = protocol.best_rate(task, variant, done)
         losses = analysis.losses(task, variant.name, done)
         reached = analysis.reached_adamw(task, variant.name, done)
-        model, update = times[variant.name]
-        pace = (model + update) / sum(times[ADAMW])
-        rows.append(
-            [
-                variant.name,
-                f"{rate * variant.lr_scale:g}" + (" (edge)" if rate in edges else ""),
-                f"{statistics.fmean(losses):.3f} ({statistics.stdev(losses):.3f})",
-                f"{reached.share:.2f} ({reached.seeds})" if reached.seeds else f"- ({reached.seeds})",
+        row = [
+            variant.name,
+            f"{rate * variant.lr_scale:g}" + (" (edge)" if rate in edges else ""),
+            f"{statistics.fmean(losses):.3f} ({statistics.stdev(losses):.3f})",
+            f"{reached.share:.2f} ({reached.seeds})" if reached.seeds else f"- ({reached.seeds})",
+        ]
+        if times is not None:
+            pace = sum(times[variant.name]) / sum(times[ADAMW])
+            row += [
                 f"{reached.share * pace:.2f}" if reached.seeds else "-",
-                f"{model:.1f} + {update:.1f}",
+                "{:.1f} + {:.1f}".format(*times[variant.name]),
             ]
-        )
-    steps = "steps to AdamW's best, as a share of AdamW's (seeds)"
-    head = ["", "lr", f"{task.measure} (sd)", steps, "the same in time", "ms a step: model + optimizer"]
+        rows.append(row)
+    head = ["", "lr", f"{task.measure} (sd)", "steps to AdamW's best, as a share of AdamW's (seeds)"]
+    if times is not None:
+        head += ["the same in time", "CPU ms a step: model + optimizer"]
     return table(head, rows)
 
 
@@ -136,13 +137,13 @@ def _tuning(all_of: Sequence[Task], done: Done) -> list[str]:
 def _controls(scale: Scale, done: Done) -> list[str]:
     others = [variant.name for variant in CONTROLLED if variant.name != ADAMW]
     rows = []
-    finished = {name: [t.name for t in protocol.finished(name, scale, done)] for name in protocol.ROUNDS}
     for task in tasks(scale):
-        for control, (choose, made_by) in CONTROLS.items():
-            if task.name not in finished[made_by]:
+        for control, choose in CONTROLS.items():
+            try:
+                adamw = statistics.fmean(analysis.losses(task, ADAMW, done, choose))
+                cells = [show(analysis.against(task, name, ADAMW, done, choose)) for name in others]
+            except KeyError:  # not run yet
                 continue
-            adamw = statistics.fmean(analysis.losses(task, ADAMW, done, choose))
-            cells = [show(analysis.against(task, name, ADAMW, done, choose)) for name in others]
             if choose is protocol.embedding_tuned:
                 chosen = [protocol.best_multiplier(task, BY_NAME[name], done) for name in (ADAMW, *others)]
                 control += f" (x {', '.join(f'{m:g}' for m in chosen)})"
