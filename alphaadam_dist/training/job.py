@@ -38,11 +38,18 @@ def _follow_parent(asked_to_stop: threading.Event) -> None:
 
 
 def leave() -> None:
-    """Close the process group: its threads, left to run while the interpreter ends, can abort a finished process."""
+    """End this rank, where it is one of a process group, without the interpreter's own end.
+
+    Threads of torch's and DeepSpeed's libraries that still run then abort, now and then, a process that has finished,
+    and its launcher reports a failed run.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def train(run: Path, optimizer: str, asked_to_stop: threading.Event) -> None:

@@ -66,7 +66,13 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
 
     log_path = folder / LOG_NAME
     threads = max(1, (os.cpu_count() or 1) // settings.gpus)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, TIED_TO_PARENT: "1"}
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        # else restarted ranks find the addresses of the dead ones in the store that torchrun keeps, and call those
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **os.environ,
+        TIED_TO_PARENT: "1",
+    }
     with (
         open(log_path, "a") as log,
         subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,

@@ -16,6 +16,7 @@ import pytest
 from alphaadam_dist import AlphaAdam, plan
 from alphaadam_dist.configs import config_path
 from alphaadam_dist.training.ds_config import ds_config_path, load_ds_config
+from alphaadam_dist.training.job import leave
 
 FOLDER = config_path("ds_configs/zero2.json").parent
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
@@ -112,7 +113,8 @@ def main() -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
-    print("SEEN" + json.dumps([understood(), trained(json.load(sys.stdin))]))
+    print("SEEN" + json.dumps([understood(), trained(json.load(sys.stdin))]), flush=True)
+    leave()
 
 
 def deepspeed_on(configs: list[dict[str, Any]], seconds: float = 240) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from alphaadam_dist import AlphaAdam
+from alphaadam_dist.training.job import leave
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LR = 1e-2
@@ -64,7 +65,7 @@ def main(folder: Path, zero: bool) -> None:
         alpha = with_torch(model)
     said = {name: os.environ[name] for name in VARIABLES}
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps({**said, "alpha": alpha}))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
