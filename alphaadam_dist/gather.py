@@ -30,17 +30,16 @@ class Gathered:
 
     def advance_steps(self, capturable: bool) -> list[float] | Tensor:
         """Count an update of every parameter; t of each slot, on its device if ``capturable``."""
-        if capturable and self.states:
-            torch._foreach_add_([state["step"] for state in {id(state): state for state in self.states}.values()], 1.0)
+        own = list({id(state): state for state in self.states}.values())
+        if not own:
+            return []
+        if capturable:
+            torch._foreach_add_([state["step"] for state in own], 1.0)
             return torch.stack([state["step"] for state in self.states])
-        steps: list[float] = []
-        last: dict[str, Any] | None = None
-        for state in self.states:
-            if state is not last:
-                state["step"] = state["step"] + 1  # a new tensor: checkpoints may have made parameters share one
-                t, last = float(state["step"]), state
-            steps.append(t)
-        return steps
+        # new tensors: checkpoints may have made parameters share one
+        for state, step in zip(own, torch._foreach_add([state["step"] for state in own], 1.0), strict=True):
+            state["step"] = step
+        return [state["step"].item() for state in self.states]
 
 
 def gather(
@@ -58,7 +57,7 @@ def gather(
         if grad is None:
             continue
         state = state_of(param)
-        tensors = (local(param), grad, *(local(state[name]) for name in moments))
+        tensors = [local(param), grad, *[local(state[name]) for name in moments]]
         for slot in slots[param]:
             cut_into.append(slot)
             states.append(state)
@@ -82,7 +81,8 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, a view of it; a plain tensor itself."""
     if not isinstance(tensor, DTensor):
         return tensor
-    part = tensor.to_local()
+    # not to_local(), which costs as much host time as the rest of the step where parameters are small
+    part: Tensor = tensor._local_tensor
     return part.wait() if isinstance(part, AsyncCollectiveTensor) else part
 
 
