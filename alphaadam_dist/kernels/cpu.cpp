@@ -24,7 +24,7 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr int64_t kPiece = 1 << 14;    // elements a thread takes at a time
+constexpr int64_t kPiece = 1 << 18;    // elements a thread takes at a time: long runs, for the memory prefetcher
 constexpr int64_t kBlock = 1 << 10;    // of them, those converted from 16 bits at a time
 constexpr int64_t kAlone = 1 << 15;    // elements that one thread does faster than several
 constexpr int kLanes = 16;             // partial sums of a norm
