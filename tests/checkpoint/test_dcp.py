@@ -31,6 +31,8 @@ from .. import threads
 from ..equality import llamas, pieces
 from ..ranks import RankError, Ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED_AFTER = 8, 4
 SHAPES = pieces.shapes_of(Llama(layers=1))
 OPTIONS: dict[str, dict[str, Any]] = {

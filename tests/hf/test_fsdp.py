@@ -24,6 +24,8 @@ from tests.models import tiny_llama
 from tests.ranks import Ranks
 from tests.zero import engine
 
+pytestmark = pytest.mark.slow
+
 CLIP = 0.5
 
 

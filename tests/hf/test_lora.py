@@ -14,6 +14,8 @@ from tests.hf.test_trainer import check
 from tests.models import tiny_llama
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.slow
+
 RANK = 4
 IN, OUT = 2 * RANK * (32 + 32), 2 * RANK * (32 + 16)  # in two layers: A of q_proj and v_proj, and their B
 ADAPTERS = IN + OUT

@@ -16,6 +16,8 @@ from tests.models import tiny_llama, token_batches
 from tests.ranks import Ranks
 from tests.zero import engine
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("alpha", "agreement", "evidence", "steps")
 STEPS = 6
 

@@ -18,6 +18,8 @@ from tests.ranks import Ranks
 from tests.zero import engine
 from tests.zero.test_equality import assert_equal
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["Bias", "norm"]  # in any case
 SPARED = {"bias", "norm"}  # the parameters of Given that have one of them in their name
 MODES: dict[str, tuple[dict[str, Any], bool]] = {

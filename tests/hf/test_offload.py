@@ -11,6 +11,8 @@ from tests.hf import trainer
 from tests.hf.test_trainer import check
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.slow
+
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 

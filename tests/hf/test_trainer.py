@@ -12,6 +12,8 @@ from tests.hf import trainer
 from tests.ranks import Ranks
 from tests.zero.test_training import alphas, deviation
 
+pytestmark = pytest.mark.slow
+
 NO_ACCUMULATION = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
 
 

@@ -17,6 +17,8 @@ from tests.hf import trainer
 from tests.models import tiny_llama, token_batches
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.slow
+
 FOLDER = config_path("accelerate_configs/fsdp2.yaml").parent
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
