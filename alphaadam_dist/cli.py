@@ -174,10 +174,11 @@ def verify() -> None:
 
       srun alphaadam verify
     """
+    from alphaadam_dist.training.job import leave
     from alphaadam_dist.verify import verify as run
 
     try:
-        raise typer.Exit(run())
+        leave(run())
     except ValueError as error:
         raise _failure(str(error)) from None
 

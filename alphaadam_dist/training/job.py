@@ -37,8 +37,8 @@ def _follow_parent(asked_to_stop: threading.Event) -> None:
     os._exit(1)
 
 
-def leave() -> None:
-    """End this rank, where it is one of a process group, without the interpreter's own end.
+def leave(code: int = 0) -> None:
+    """End this rank with an exit code, where it is one of a process group, without the interpreter's own end.
 
     Threads of torch's and DeepSpeed's libraries that still run then abort, now and then, a process that has finished,
     and its launcher reports a failed run.
@@ -49,7 +49,7 @@ def leave() -> None:
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def train(run: Path, optimizer: str, asked_to_stop: threading.Event) -> None:
