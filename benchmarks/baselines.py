@@ -8,6 +8,7 @@ The last two are controls, not proposals: each takes one idea out of AlphaAdam a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from alphaadam_dist import rule
 Held = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, parameter group
 
 
-class _Baseline(Optimizer):
+class _Baseline(Optimizer, ABC):
     """``step`` hands the parameters that have a gradient, of all groups, to ``_update``."""
 
     @torch.no_grad()
@@ -33,8 +34,9 @@ class _Baseline(Optimizer):
         self._update([(p, p.grad, g) for g in self.param_groups for p in g["params"] if p.grad is not None])
         return loss
 
+    @abstractmethod
     def _update(self, held: list[Held]) -> None:
-        raise NotImplementedError
+        """Step every parameter in the list."""
 
 
 class _AdamW(_Baseline):
@@ -71,8 +73,9 @@ class _Factored(_AdamW):
             param.mul_(1 - group["lr"] * group["weight_decay"])
             param.sub_(u.mul_(self._factor(u, grad)), alpha=group["lr"])
 
+    @abstractmethod
     def _factor(self, u: Tensor, grad: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the direction ``u`` is multiplied by, of its shape."""
 
 
 class CAdamW(_Factored):
@@ -141,9 +144,9 @@ class _MaskControl(_AdamW):
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             rule.adam_(param, grad, state["exp_avg"], state["exp_avg_sq"], f, step=state["step"], **options)
 
+    @abstractmethod
     def _mask(self, masks: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """(agree, conflict) of every parameter, and alpha as a 0-dim float64 tensor, from AlphaAdam's own masks."""
-        raise NotImplementedError
 
 
 class ConstantAlpha(_MaskControl):

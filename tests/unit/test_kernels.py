@@ -68,6 +68,15 @@ def case(
     return tensors(), tensors(), moments
 
 
+def options_of_update(direction: str, tensors: int, threshold: float, scale: Any) -> dict[str, Any]:
+    """For an update that counts, with strengths and a step of each tensor's own."""
+    return {
+        "strengths": torch.tensor([[1.0 + i, 0.25] for i in range(tensors)], dtype=torch.float64).reshape(-1, 2),
+        "threshold": threshold, "scale": scale, "counting": True, "hyperparameters": DIRECTIONS[direction][2],
+        "steps": [1.0 + 9 * i for i in range(tensors)] if "adam" in direction else None,
+    }  # fmt: skip
+
+
 sizes = st.lists(st.sampled_from([0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 100, 1023, 1024, 1025, 16384, 40001]), max_size=5)
 
 
@@ -81,15 +90,11 @@ def test_update(
     direction: str, sizes: list[int], seed: int, dtype: torch.dtype, special: float, offset: int, threshold: float,
     scale: Any,
 ) -> None:  # fmt: skip
-    function, _, hyperparameters = DIRECTIONS[direction]
+    function, *_ = DIRECTIONS[direction]
     params, grads, moments = case(direction, sizes, seed, dtype, special, offset)
     params_before = [p.clone() for p in params]
     expected_params, expected_moments = [p.clone() for p in params], [[m.clone() for m in ms] for ms in moments]
-    options: dict[str, Any] = {
-        "strengths": torch.tensor([[1.0 + i, 0.25] for i in range(len(sizes))], dtype=torch.float64).reshape(-1, 2),
-        "threshold": threshold, "scale": scale, "counting": True, "hyperparameters": hyperparameters,
-        "steps": [1.0 + 9 * i for i in range(len(sizes))] if "adam" in direction else None,
-    }  # fmt: skip
+    options = options_of_update(direction, len(sizes), threshold, scale)
     expected = reference.update(function, expected_params, grads, expected_moments, **options)
     counts = cpu.update(function, params, grads, moments, **options)
     assert counts is not None

@@ -21,7 +21,7 @@ from alphaadam_dist import kernels as choice
 from alphaadam_dist import options as options_module
 from alphaadam_dist.kernels import cpu, reference
 
-from .test_kernels import DIRECTIONS, case, placed, same, sizes
+from .test_kernels import DIRECTIONS, case, options_of_update, placed, same, sizes
 
 kernels = pytest.importorskip("alphaadam_dist.kernels.triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,15 +42,11 @@ def test_update(
     direction: str, sizes: list[int], seed: int, dtype: torch.dtype, special: float, offset: int, threshold: float,
     scale: Any,
 ) -> None:  # fmt: skip
-    function, _, hyperparameters = DIRECTIONS[direction]
+    function, *_ = DIRECTIONS[direction]
     params, grads, moments = case(direction, sizes, seed, dtype, special, offset)
     ours_params, ours_grads, ours_moments = here(params), here(grads), [here(each) for each in moments]
     before = [p.clone() for p in params]
-    options: dict[str, Any] = {
-        "strengths": torch.tensor([[1.0 + i, 0.25] for i in range(len(sizes))], dtype=torch.float64).reshape(-1, 2),
-        "threshold": threshold, "scale": scale, "counting": True, "hyperparameters": hyperparameters,
-        "steps": [1.0 + 9 * i for i in range(len(sizes))] if "adam" in direction else None,
-    }  # fmt: skip
+    options = options_of_update(direction, len(sizes), threshold, scale)
     expected = reference.update(function, params, grads, moments, **options)
     counts = kernels.update(function, ours_params, ours_grads, ours_moments, **options)
     assert counts is not None
