@@ -206,7 +206,8 @@ class AlphaOptimizer(Optimizer):
                 held = self.state.get(param)
                 if held and "step" in held:
                     device = param.device if self.defaults["capturable"] else "cpu"
-                    held["step"] = torch.as_tensor(held["step"], dtype=torch.float32, device=device)
+                    # a copy: a checkpoint may make parameters share one, which capturable counts up in place
+                    held["step"] = torch.as_tensor(held["step"], dtype=torch.float32, device=device).clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer's or of torch's counterpart. Raises ValueError where it does not fit."""

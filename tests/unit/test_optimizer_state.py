@@ -318,3 +318,19 @@ def test_distributed_checkpoint_state_dicts_round_trip() -> None:
         step_with(first, grads)
         step_with(second, grads)
     assert same(first, second)
+
+
+def test_parameters_whose_checkpoint_shares_a_step_get_one_each() -> None:
+    """DeepSpeed's universal load of stage 3 shares it; a step counted up in place would count for all of them."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(2)
+    optimizer = AlphaAdam(params)
+    optimizer.step()
+    shared = torch.tensor(3.0)
+    for param in params:
+        optimizer.state[param]["step"] = shared
+    optimizer.__setstate__({})
+    first, second = (optimizer.state[param]["step"] for param in params)
+    assert (float(first), float(second)) == (3, 3)
+    assert first.data_ptr() != second.data_ptr()
