@@ -33,6 +33,7 @@ COLORS = {
     "CMGUP": "#00798c",
     "random mask": "#8d99ae",
     "Lion": "#6b4f3a",
+    "AlphaLion": "#e07a1f",
 }
 
 
@@ -152,4 +153,4 @@ def _counterexamples(all_of: Sequence[Task], done: Done) -> Figure:
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=9, fontsize=9)

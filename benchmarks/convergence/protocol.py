@@ -3,8 +3,9 @@
 1. screening: every optimizer at every learning rate of the task's grid, one seed.
 2. run-off: its two best rates on two more seeds. The lower mean of the three is its best rate.
 3. finals: every optimizer at its best rate, five seeds that tuning did not use.
-4. controls, for four of them, on the same five seeds: without clipping; at twice the best rate; with the learning rate
-   of the embedding tuned as well, on the three tuning seeds.
+4. controls, for four of them, on the same five seeds: without clipping; at twice the best rate.
+5. tuned controls, for the same four: the learning rate of the embedding tuned as well, on the three tuning seeds; four
+   times as many steps, with the best rate or half of it, as these seeds say.
 
 The counterexamples have no tuning: every optimizer at every rate, three seeds, and all of it is shown.
 """
@@ -25,10 +26,12 @@ TUNING_SEEDS = (0, 11, 12)
 SEEDS = (1, 2, 3, 4, 5)
 COUNTEREXAMPLE_SEEDS = (1, 2, 3)
 EVALUATIONS = 8
-MULTIPLIERS = (1.0, 2.0, 4.0)
+EMBEDDING_MULTIPLIERS = (1.0, 2.0, 4.0)
+LONGER, LONGER_MULTIPLIERS = 4, (1.0, 0.5)
 CONTROLLED = tuple(variant for variant in VARIANTS if variant.controlled)
 
 Done = Mapping[Job, Result]
+Alternatives = Callable[[Job], list[Job]]
 
 
 def screening(task: Task, done: Done) -> list[Job]:
@@ -56,14 +59,21 @@ def best_rate(task: Task, variant: Variant, done: Done) -> float:
     return min(two_best(task, variant, done), key=loss)
 
 
-def best_multiplier(task: Task, variant: Variant, done: Done) -> float:
-    """The multiplier of the embedding's learning rate with the lowest mean over the tuning seeds."""
+def embeddings(best: Job) -> list[Job]:
+    """Tuned control: the same run with another learning rate for the embedding."""
+    return [replace(best, embedding=multiplier) for multiplier in EMBEDDING_MULTIPLIERS]
 
-    def loss(multiplier: float) -> float:
-        jobs = (_at_best(task, variant, done, seed) for seed in TUNING_SEEDS)
-        return fmean(done[replace(job, embedding=multiplier)].final for job in jobs)
 
-    return min(MULTIPLIERS, key=loss)
+def longer(best: Job) -> list[Job]:
+    """Tuned control: a longer run, at the best rate of the short one or below it."""
+    return [replace(best, lr=best.lr * multiplier, length=LONGER) for multiplier in LONGER_MULTIPLIERS]
+
+
+def chosen(alternatives: Alternatives, task: Task, variant: Variant, done: Done) -> int:
+    """Which of a control's alternatives has the lowest mean over the tuning seeds."""
+    of_seeds = [alternatives(_at_best(task, variant, done, seed)) for seed in TUNING_SEEDS]
+    means = [fmean(done[job].final for job in jobs) for jobs in zip(*of_seeds, strict=True)]
+    return means.index(min(means))
 
 
 def final(task: Task, variant: Variant, done: Done, seed: int) -> Job:
@@ -80,9 +90,11 @@ def unclipped(task: Task, variant: Variant, done: Done, seed: int) -> Job:
 
 
 def embedding_tuned(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    multiplier = best_multiplier(task, variant, done)
-    best = final(task, variant, done, seed)
-    return best if multiplier == 1 else replace(best, embedding=multiplier, evaluations=1)
+    return embeddings(final(task, variant, done, seed))[chosen(embeddings, task, variant, done)]
+
+
+def four_times(task: Task, variant: Variant, done: Done, seed: int) -> Job:
+    return longer(final(task, variant, done, seed))[chosen(longer, task, variant, done)]
 
 
 def _at_best(task: Task, variant: Variant, done: Done, seed: int) -> Job:
@@ -98,16 +110,18 @@ def finals(task: Task, done: Done) -> list[Job]:
 
 
 def controls(task: Task, done: Done) -> list[Job]:
-    return [control(task, v, done, seed) for control in (unclipped, doubled) for v in CONTROLLED for seed in SEEDS]
+    return [choose(task, v, done, seed) for choose in (unclipped, doubled) for v in CONTROLLED for seed in SEEDS]
 
 
-def embedding_tuning(task: Task, done: Done) -> list[Job]:
+def tuning_of_controls(task: Task, done: Done) -> list[Job]:
     best = [_at_best(task, variant, done, seed) for variant in CONTROLLED for seed in TUNING_SEEDS]
-    return [replace(job, embedding=multiplier) for job in best for multiplier in MULTIPLIERS]
+    return [job for alternatives in (embeddings, longer) for of_one in best for job in alternatives(of_one)]
 
 
-def embedding_finals(task: Task, done: Done) -> list[Job]:
-    return [embedding_tuned(task, variant, done, seed) for variant in CONTROLLED for seed in SEEDS]
+def tuned_controls(task: Task, done: Done) -> list[Job]:
+    return [
+        choose(task, v, done, seed) for choose in (embedding_tuned, four_times) for v in CONTROLLED for seed in SEEDS
+    ]
 
 
 def everything(task: Task, done: Done) -> list[Job]:
@@ -125,8 +139,8 @@ ROUNDS: dict[str, Callable[[Task, Done], list[Job]]] = {
     "finals": finals,
     "controls": controls,
     COUNTEREXAMPLES: everything,
-    "embedding rates": embedding_tuning,
-    "embedding": embedding_finals,
+    "tuning of controls": tuning_of_controls,
+    "tuned controls": tuned_controls,
 }
 
 

@@ -26,6 +26,12 @@ CONTROLS = {
     "no clipping": protocol.unclipped,
     "twice the rate": protocol.doubled,
     "embedding tuned": protocol.embedding_tuned,
+    f"{protocol.LONGER} times the steps": protocol.four_times,
+}
+# what their tuning chose from: the alternatives, and how the table names them
+CHOICES = {
+    protocol.embedding_tuned: (protocol.embeddings, protocol.EMBEDDING_MULTIPLIERS),
+    protocol.four_times: (protocol.longer, protocol.LONGER_MULTIPLIERS),
 }
 
 
@@ -144,9 +150,10 @@ def _controls(scale: Scale, done: Done) -> list[str]:
                 cells = [show(analysis.against(task, name, ADAMW, done, choose)) for name in others]
             except KeyError:  # not run yet
                 continue
-            if choose is protocol.embedding_tuned:
-                chosen = [protocol.best_multiplier(task, BY_NAME[name], done) for name in (ADAMW, *others)]
-                control += f" (x {', '.join(f'{m:g}' for m in chosen)})"
+            if choose in CHOICES:
+                alternatives, multipliers = CHOICES[choose]
+                chosen = [protocol.chosen(alternatives, task, BY_NAME[name], done) for name in (ADAMW, *others)]
+                control += f" (rate x {', '.join(f'{multipliers[i]:g}' for i in chosen)})"
             rows.append([task.title, control, f"{adamw:.3f}", *cells])
     return table(["", "control", ADAMW, *others], rows)
 
@@ -181,7 +188,7 @@ def _counterexample(task: Task, done: Done) -> list[str]:
             row.append(f"{statistics.fmean(values):.3g}" if all(map(math.isfinite, values)) else "diverged")
         rows.append(row)
     seeds = len(COUNTEREXAMPLE_SEEDS)
-    caption = f"{task.measure.capitalize()}, mean of {seeds} seeds, by learning rate (Lion's is a tenth)."
+    caption = f"{task.measure.capitalize()}, mean of {seeds} seeds, by learning rate (for the Lions a quarter of it)."
     return [caption, "", *table(["", *(f"{rate:g}" for rate in task.rates)], rows)]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist.optimizer import AlphaOptimizer
 
 from . import counterexamples, tasks
 from .tasks import Scale
@@ -24,7 +24,8 @@ class Job:
     """What tells one run from another.
 
     ``evaluations`` is how often the held-out loss is measured, the last time at the end;
-    ``embedding`` multiplies the learning rate of the input embedding; ``clip`` False leaves the task's clipping out.
+    ``embedding`` multiplies the learning rate of the input embedding; ``clip`` False leaves the task's clipping out;
+    ``length`` multiplies the task's steps.
     """
 
     task: str
@@ -33,6 +34,7 @@ class Job:
     seed: int
     embedding: float = 1.0
     clip: bool = True
+    length: int = 1
     evaluations: int = 1
 
 
@@ -57,16 +59,17 @@ def all_tasks(scale: Scale) -> dict[str, Task]:
 def run(scale: Scale, job: Job) -> Result:
     """Train once. The result depends on the job, the scale and the versions of what is installed, on nothing else."""
     task, variant = all_tasks(scale)[job.task], BY_NAME[job.variant]
+    steps = task.steps * job.length
     start = task.start(job.seed)
     groups = [{"params": start.other, "scale": 1.0}]
     if start.embedding:
         groups.append({"params": start.embedding, "scale": job.embedding})
-    optimizer = variant.build(groups, job.lr, steps=task.steps, seed=job.seed)
-    schedule = LambdaLR(optimizer, functools.partial(warmup_and_cosine, task.steps))
-    measured = {round(task.steps * (i + 1) / job.evaluations) for i in range(job.evaluations)}
+    optimizer = variant.build(groups, job.lr, steps=steps, seed=job.seed)
+    schedule = LambdaLR(optimizer, functools.partial(warmup_and_cosine, steps))
+    measured = {round(steps * (i + 1) / job.evaluations) for i in range(job.evaluations)}
     curve: list[tuple[int, float]] = []
     alphas: list[float] = []
-    for step in range(task.steps):
+    for step in range(steps):
         start.loss(step).backward()
         if job.clip and task.clip is not None:
             clip_grad_norm_([*start.other, *(start.embedding or [])], task.clip)
@@ -75,7 +78,7 @@ def run(scale: Scale, job: Job) -> Result:
         schedule.step()
         if start.project is not None:
             start.project()
-        if isinstance(optimizer, AlphaAdam):
+        if isinstance(optimizer, AlphaOptimizer):
             alphas.append(optimizer.metrics()["alpha"])
         if step + 1 in measured:
             loss = start.evaluate()
