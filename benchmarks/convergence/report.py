@@ -25,13 +25,7 @@ CONTROLS = {
     "best rate": protocol.final,
     "no clipping": protocol.unclipped,
     "twice the rate": protocol.doubled,
-    "embedding tuned": protocol.embedding_tuned,
-    f"{protocol.LONGER} times the steps": protocol.four_times,
-}
-# what their tuning chose from: the alternatives, and how the table names them
-CHOICES = {
-    protocol.embedding_tuned: (protocol.embeddings, protocol.EMBEDDING_MULTIPLIERS),
-    protocol.four_times: (protocol.longer, protocol.LONGER_MULTIPLIERS),
+    "four times the steps": protocol.four_times,
 }
 
 
@@ -62,6 +56,8 @@ def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date
     lines += ["", "## Controls: difference to AdamW under the same control", ""]
     lines += [f"Loss of AdamW, and the differences to it. Seeds {SEEDS[0]} to {SEEDS[-1]}.", ""]
     lines += _controls(scale, done)
+    lines += ["", "## The embedding's learning rate tuned as well: difference to AdamW under the same control", ""]
+    lines += _embedding_tuned(protocol.finished("tuned controls", scale, done), done)
     lines += ["", "## Alpha", "", *_alphas(all_of, done)]
     lines += ["", "## Counterexamples", ""]
     for task in protocol.finished(protocol.COUNTEREXAMPLES, scale, done):
@@ -150,12 +146,31 @@ def _controls(scale: Scale, done: Done) -> list[str]:
                 cells = [show(analysis.against(task, name, ADAMW, done, choose)) for name in others]
             except KeyError:  # not run yet
                 continue
-            if choose in CHOICES:
-                alternatives, multipliers = CHOICES[choose]
-                chosen = [protocol.chosen(alternatives, task, BY_NAME[name], done) for name in (ADAMW, *others)]
-                control += f" (rate x {', '.join(f'{multipliers[i]:g}' for i in chosen)})"
+            if choose is protocol.four_times:
+                chosen = [protocol.chosen(protocol.longer, task, BY_NAME[name], done) for name in (ADAMW, *others)]
+                control += f" (rate x {', '.join(f'{protocol.LONGER_MULTIPLIERS[i]:g}' for i in chosen)})"
             rows.append([task.title, control, f"{adamw:.3f}", *cells])
     return table(["", "control", ADAMW, *others], rows)
+
+
+def _embedding_tuned(all_of: Sequence[Task], done: Done) -> list[str]:
+    choose = protocol.embedding_tuned
+    rows = []
+    for variant in VARIANTS:
+        row = [variant.name]
+        for task in all_of:
+            if variant.name == ADAMW:
+                cell = f"{statistics.fmean(analysis.losses(task, ADAMW, done, choose)):.3f}"
+            else:
+                cell = show(analysis.against(task, variant.name, ADAMW, done, choose))
+            multiplier = protocol.EMBEDDING_MULTIPLIERS[protocol.chosen(protocol.embeddings, task, variant, done)]
+            row.append(f"{cell}, x {multiplier:g}")
+        rows.append(row)
+    return [
+        "AdamW's loss, the others' differences to it, and the multiple of the learning rate that tuning chose.",
+        "",
+        *table(["", *(t.title for t in all_of)], rows),
+    ]
 
 
 def _alphas(all_of: Sequence[Task], done: Done) -> list[str]:

@@ -156,7 +156,7 @@ def test_counterexamples_have_the_gradients_they_are_about() -> None:
 def result(job: Job) -> Result:
     """Loss that falls in training, is best at rate 2e-3 and lower for AlphaAdam."""
     loss = 2 - 0.1 * (job.variant == ALPHAADAM) + abs(math.log(job.lr / 2e-3)) + 0.01 * job.seed
-    loss -= 0.05 * (job.embedding == 2.0) + 1.0 * (job.length == 4 and job.lr < 2e-3)
+    loss -= 0.05 * (job.embedding == 4.0) + 1.0 * (job.length == 4 and job.lr < 2e-3)
     curve = [(i + 1, loss + (job.evaluations - 1 - i) / 10) for i in range(job.evaluations)]
     return Result(job, curve, 1.5, 2.0)
 
@@ -178,7 +178,7 @@ def test_rounds_tune_on_one_seed_and_judge_on_others() -> None:
     assert protocol.best_rate(task, adamw, done) == 2e-3
     assert [protocol.final(task, adamw, done, seed).seed for seed in protocol.SEEDS] == [1, 2, 3, 4, 5]
     assert protocol.doubled(task, adamw, done, 1).lr == 4e-3
-    assert protocol.embedding_tuned(task, adamw, done, 1).embedding == 2.0
+    assert protocol.embedding_tuned(task, adamw, done, 1).embedding == 4.0
     longer = protocol.four_times(task, adamw, done, 1)
     assert (longer.length, longer.lr) == (4, 1e-3)
     assert analysis.against(task, ALPHAADAM, ADAMW, done).mean == pytest.approx(-0.1)
