@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from alphaadam_dist.training import presets
-from alphaadam_dist.training.launch import Stopped
+from alphaadam_dist.training.launch import SIGTERM_CODE, Stopped
 from alphaadam_dist.training.recipe import print_error
 from alphaadam_dist.training.runs import open_run
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
@@ -150,9 +150,8 @@ def train(
         console.print("\nInterrupted. The same command with --resume goes on from the last checkpoint.")
         raise typer.Exit(130) from None
     except Stopped as stopped:
-        done = "saved" if stopped.saved else "the ranks ended before they had saved"
-        console.print(f"\nStopped by SIGTERM: {done}. The same command with --resume goes on from the last checkpoint.")
-        raise typer.Exit(143) from None
+        console.print(f"\n{stopped}")
+        raise typer.Exit(SIGTERM_CODE) from None
     except ImportError as error:
         raise _failure(f"{error}; training needs pip install 'alphaadam-dist[deepspeed,hf]'") from None
     except (ValueError, RuntimeError) as error:

@@ -48,7 +48,10 @@ def gather(
     moments: Sequence[str],
     state_of: Callable[[Tensor], dict[str, Any]],
 ) -> Gathered:
-    """The local tensors of these parameters, cut into their slots; those without a gradient are left out."""
+    """The local tensors of these parameters, cut into their slots; those without a gradient are left out.
+
+    Raises ValueError where a gradient is sparse.
+    """
     cut_into: list[Slot] = []
     states: list[dict[str, Any]] = []
     lists: list[list[Tensor]] = [[] for _ in range(2 + len(moments))]
@@ -56,6 +59,8 @@ def gather(
         grad = gradient(param)
         if grad is None:
             continue
+        if grad.is_sparse:
+            raise ValueError("sparse gradients are not taken: build the embedding with sparse=False")
         state = state_of(param)
         tensors = [local(param), grad, *[local(state[name]) for name in moments]]
         for slot in slots[param]:

@@ -326,10 +326,6 @@ class AlphaOptimizer(Optimizer):
         """A step of the whole model begins. Whatever an unfinished one counted is forgotten."""
         for i, group in enumerate(self.param_groups):
             self._check_shared(group, f"parameter group {i}")
-            if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
-                raise ValueError(
-                    f"{type(self).__name__} does not take sparse gradients: build the embedding with sparse=False"
-                )
         self._layout = layout
         self._counted = False
         statistics = self._adopt()

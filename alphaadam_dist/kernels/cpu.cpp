@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -239,7 +240,31 @@ Counts sweep(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restr
   return {evidence - conflict, conflict};
 }
 
-// ---- the operators
+// ---- the operators: each returns counts without rows, having done nothing, where it does not serve the tensors
+
+// Can the passes read lists of one length as flat memory? The gradients come first, then what is of the state's own
+// dtype. Asked here and not by the caller: handing 300 small tensors over from Python takes longer than updating them.
+bool serves(std::initializer_list<TensorList> lists) {
+  const TensorList grads = *lists.begin();
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& grad = grads[i];
+    const auto type = grad.scalar_type(), own = lists.begin()[1][i].scalar_type();
+    if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return false;
+    if (own != at::kFloat && own != at::kDouble) return false;
+    for (const TensorList list : lists) {
+      if (list.empty()) continue;
+      const Tensor& tensor = list[i];
+      if (!tensor.device().is_cpu() || tensor.numel() != grad.numel()) return false;
+      if (list.data() != grads.data() && tensor.scalar_type() != own) return false;
+      if (!(tensor.is_contiguous() && grad.is_contiguous()) &&
+          !(tensor.is_non_overlapping_and_dense() && tensor.strides() == grad.strides()))
+        return false;
+    }
+  }
+  return true;
+}
+
+Tensor not_served() { return at::zeros({0, 2}, at::kLong); }
 
 Tensor sum_by_tensor(const std::vector<Piece>& pieces, const std::vector<Counts>& counted, size_t tensors) {
   Tensor counts = at::zeros({static_cast<int64_t>(tensors), 2}, at::kLong);
@@ -253,6 +278,7 @@ Tensor sum_by_tensor(const std::vector<Piece>& pieces, const std::vector<Counts>
 
 // Counts (n, 2) and squared norms of the scaled gradients (n), or an empty tensor.
 std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms) {
+  if (!serves({grads, moments})) return {not_served(), at::zeros({0}, at::kDouble)};
   const auto pieces = pieces_of(grads);
   std::vector<Counts> counted(pieces.size());
   std::vector<double> squared(norms ? pieces.size() : 0);
@@ -280,6 +306,7 @@ std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double th
 template <typename Direct>
 Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList seconds, const Tensor& strengths,
               double threshold, double scale, const Direct& direct) {
+  if (!serves({grads, params, firsts, seconds})) return not_served();
   const auto pieces = pieces_of(params);
   std::vector<Counts> counted(pieces.size());
   const Tensor by_tensor = strengths.contiguous();
@@ -325,31 +352,9 @@ Tensor sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, co
                 [&]<typename T>(int64_t) { return Sgd<T>(lr, weight_decay, momentum, nesterov); });
 }
 
-// Can the passes read these tensors as flat memory? Lists of one length stand one after the other: gradients, then what
-// is of the state's own dtype.
-bool serves(TensorList tensors, int64_t lists) {
-  const size_t n = tensors.size() / lists;
-  for (size_t i = 0; i < n; ++i) {
-    const Tensor& grad = tensors[i];
-    const auto type = grad.scalar_type(), own = tensors[i + n].scalar_type();
-    if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return false;
-    if (own != at::kFloat && own != at::kDouble) return false;
-    for (size_t at = i; at < tensors.size(); at += n) {
-      const Tensor& tensor = tensors[at];
-      if (!tensor.device().is_cpu() || tensor.numel() != grad.numel() || (at > i && tensor.scalar_type() != own))
-        return false;
-      if (!(tensor.is_contiguous() && grad.is_contiguous()) &&
-          !(tensor.is_non_overlapping_and_dense() && tensor.strides() == grad.strides()))
-        return false;
-    }
-  }
-  return true;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(alphaadam, library) {
-  library.def("serves(Tensor[] tensors, int lists) -> bool");
   library.def("count(Tensor[] grads, Tensor[] moments, float threshold, float scale, bool norms) -> (Tensor, Tensor)");
   library.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor strengths, "
@@ -363,11 +368,10 @@ TORCH_LIBRARY(alphaadam, library) {
       "float scale, float lr, float momentum, bool nesterov, float weight_decay) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(alphaadam, CPU, library) {
+// For tensors of every device, so that a list that is not all on the CPU is told so, too.
+TORCH_LIBRARY_IMPL(alphaadam, CompositeExplicitAutograd, library) {
   library.impl("count", &count);
   library.impl("adam_", &adam_);
   library.impl("lion_", &lion_);
   library.impl("sgd_", &sgd_);
 }
-
-TORCH_LIBRARY_IMPL(alphaadam, CompositeExplicitAutograd, library) { library.impl("serves", &serves); }

@@ -52,10 +52,11 @@ def count(
     norms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference.count`, reading each tensor once, also for the norms."""
-    if not _serves(grads, momenta):
-        return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms)
-    counts, squared_norms = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms)
-    return counts, squared_norms if norms else None
+    if grads:  # torch cannot tell where an operator without a tensor belongs
+        counts, squared_norms = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms)
+        if len(counts):
+            return counts, squared_norms if norms else None
+    return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms)
 
 
 def update(
@@ -72,17 +73,17 @@ def update(
     hyperparameters: Mapping[str, Any],
 ) -> Tensor | None:
     """As :func:`reference.update`, in one pass and without temporary tensors."""
-    kernel = _KERNELS.get(direction)
-    if kernel is None or not _serves(grads, params, *moments):
-        return reference.update(
-            direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
-            counting=counting, steps=steps, hyperparameters=hyperparameters,
-        )  # fmt: skip
-    operator, numbers = kernel
-    counts = getattr(torch.ops.alphaadam, operator)(
-        params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters)
-    )
-    return counts if counting else None
+    if direction in _KERNELS and grads:
+        operator, numbers = _KERNELS[direction]
+        counts = getattr(torch.ops.alphaadam, operator)(
+            params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters)
+        )
+        if len(counts):
+            return counts if counting else None
+    return reference.update(
+        direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
+        counting=counting, steps=steps, hyperparameters=hyperparameters,
+    )  # fmt: skip
 
 
 def _adam(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -103,12 +104,3 @@ _KERNELS = {rule.adam_: ("adam_", _adam), rule.lion_: ("lion_", _lion), rule.sgd
 
 def _number(scale: Tensor | float | None) -> float:
     return 1.0 if scale is None else float(scale)
-
-
-def _serves(grads: Sequence[Tensor], *own: Sequence[Tensor]) -> bool:
-    if not grads:
-        return False  # torch cannot tell where an operator without a tensor belongs
-    flat = [*grads]
-    for tensors in own:
-        flat += tensors
-    return bool(torch.ops.alphaadam.serves(flat, 1 + len(own)))

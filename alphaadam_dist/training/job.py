@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
@@ -18,12 +20,22 @@ TIED_TO_PARENT = "ALPHAADAM_TIED_TO_PARENT"
 def main() -> None:
     """Run this rank."""
     run, optimizer = Path(sys.argv[1]), sys.argv[2]
+    with sigterm_asks() as asked_to_stop:
+        if os.environ.get(TIED_TO_PARENT):
+            threading.Thread(target=_follow_parent, args=(asked_to_stop,), daemon=True).start()
+        train(run, optimizer, asked_to_stop)
+        leave()
+
+
+@contextmanager
+def sigterm_asks() -> Iterator[threading.Event]:
+    """SIGTERM sets the event in place of ending the process."""
     asked_to_stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
-    if os.environ.get(TIED_TO_PARENT):
-        threading.Thread(target=_follow_parent, args=(asked_to_stop,), daemon=True).start()
-    train(run, optimizer, asked_to_stop)
-    leave()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+    try:
+        yield asked_to_stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _follow_parent(asked_to_stop: threading.Event) -> None:

@@ -14,16 +14,20 @@ from alphaadam_dist.training.job import TIED_TO_PARENT
 from alphaadam_dist.training.settings import Settings
 
 LOG_NAME = "train.log"
+SIGTERM_CODE = 128 + signal.SIGTERM
 _RESTARTS = 1  # a rank may die; a mistake in the settings should not take long to show
 _POLL_SECONDS = 0.25
 _TAIL_LINES = 30
 
 
 class Stopped(Exception):
-    """SIGTERM came, and the ranks have ended. ``saved``: they ended well, so the step they stopped at is saved."""
+    """SIGTERM came, and the training has ended; ``saved``: with a checkpoint of the step it had come to."""
 
     def __init__(self, saved: bool) -> None:
-        super().__init__("SIGTERM")
+        done = "saved" if saved else "the ranks ended before they had saved"
+        super().__init__(
+            f"Stopped by SIGTERM: {done}. The same command with --resume goes on from the last checkpoint."
+        )
         self.saved = saved
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch.distributed as dist
@@ -19,14 +20,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from alphaadam_dist.training import metrics
-from alphaadam_dist.training.job import leave
-from alphaadam_dist.training.launch import free_port
+from alphaadam_dist.training.job import leave, sigterm_asks
+from alphaadam_dist.training.launch import SIGTERM_CODE, Stopped, free_port
 from alphaadam_dist.training.runs import open_half
 from alphaadam_dist.training.settings import OPTIMIZERS, SavedSettings
 from alphaadam_dist.verify.launch import environment
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
 PICTURE_NAME = "losses.png"
 _FINISHED = "finished"
@@ -107,6 +108,7 @@ class Training:
     recipe: Recipe
     console: Console
     first: bool
+    asked_to_stop: Event
 
     @property
     def folder(self) -> Path:
@@ -174,11 +176,17 @@ class Training:
         if self.first:
             self.console.print(text, highlight=False, soft_wrap=True)
 
-    def train(self, *what: Any, **options: Any) -> None:
-        """`trainer.fit` for this optimizer, with progress; what it takes is the same."""
+    def train(self, *what: Any, callbacks: Sequence["TrainerCallback"] = (), **options: Any) -> None:
+        """`trainer.fit` for this optimizer, with progress; what it takes is the same.
+
+        Raises Stopped where any rank was asked to stop: that step is saved.
+        """
+        from alphaadam_dist.training.callbacks import SaveAndStop
         from alphaadam_dist.training.trainer import fit
 
-        fit(self.optimizer, *what, console=self.console, **options)
+        callbacks = [SaveAndStop(self.asked_to_stop), *callbacks]
+        if not fit(self.optimizer, *what, console=self.console, callbacks=callbacks, **options):
+            raise Stopped(saved=True)
         if self.first:
             (self.folder / _FINISHED).touch()
 
@@ -231,10 +239,16 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
         try:
             recipe = kind(**values)
             opened = open_half(recipe.out, recipe.optimizer, recipe.resume, recipe) if first else nullcontext()
-            with opened:
-                main(recipe, Training(recipe, console, first))
+            with opened, sigterm_asks() as asked_to_stop:
+                main(recipe, Training(recipe, console, first, asked_to_stop))
             if not joined:
                 leave()
+        except Stopped as stopped:
+            if first:
+                console.print(f"\n{stopped}")
+            if not joined:
+                leave(SIGTERM_CODE)
+            raise typer.Exit(SIGTERM_CODE) from None
         except (ValueError, ImportError) as error:
             print_error(str(error))
             raise typer.Exit(1) from None

@@ -107,8 +107,10 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     compute_loss: Callable[..., torch.Tensor] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-) -> None:
+) -> bool:
     """Train to `arguments.max_steps`, from the last complete checkpoint in `arguments.output_dir` if there is one.
+
+    Returns whether it came so far; a callback may have stopped it.
 
     Leaves `metrics.jsonl`, `tensorboard/` and the checkpoints there. A DeepSpeed config that names an optimizer makes
     it; otherwise the Trainer makes `optimizer`, AlphaAdam or AdamW. A `console` shows the progress, on the first rank;
@@ -152,3 +154,4 @@ def fit(
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise lost.explained(error, "training", dist.group.WORLD) from error
         raise
+    return trainer.state.global_step >= arguments.max_steps

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,11 +244,18 @@ def bpe(data: str, vocabulary: int) -> PreTrainedTokenizerBase:
 
 @functools.cache
 def manual() -> str:
-    """A folder with Python's manual, one file a topic, in the cache."""
-    folder = cache_dir() / "manual"
-    folder.mkdir(exist_ok=True)
-    for topic, text in topics.items():
-        (folder / f"{topic}.txt").write_text(text)
+    """A folder with Python's manual, one file a topic, in the cache.
+
+    It appears whole: workers start together, and one that read what another was still writing would train on less.
+    """
+    folder = cache_dir() / f"manual-{hashlib.sha256(repr(topics).encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as partial:
+            (whole := Path(partial, "manual")).mkdir()
+            for topic, text in topics.items():
+                (whole / f"{topic}.txt").write_text(text)
+            with contextlib.suppress(OSError):  # where another worker was first
+                whole.rename(folder)
     return str(folder)
 
 

@@ -118,6 +118,28 @@ def test_a_model_given_by_its_folder_is_fine_tuned_with_its_own_tokenizer(scale:
     assert trial.loss(0).isfinite()
 
 
+def test_no_worker_sees_a_part_of_the_manual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALPHAADAM_CACHE", str(tmp_path))
+    monkeypatch.setattr(tasks, "topics", {"a": "first", "b": "second"})
+    make = tasks.manual.__wrapped__
+    write = Path.write_text
+    seen_while_writing = []
+
+    def slow(path: Path, text: str) -> int:
+        written = write(path, text)
+        seen_while_writing.append(list(tmp_path.glob("manual*")))
+        if text == "second":
+            monkeypatch.setattr(Path, "write_text", write)
+            make()  # another worker, which is faster
+        return written
+
+    monkeypatch.setattr(Path, "write_text", slow)
+    folder = Path(make())
+    assert seen_while_writing == [[], []]
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"a.txt": "first", "b.txt": "second"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.slow
 def test_clipping_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch, scale: tasks.Scale) -> None:
     norms: list[float] = []

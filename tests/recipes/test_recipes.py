@@ -7,16 +7,18 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from alphaadam_dist.training import metrics
+from alphaadam_dist.training import callbacks, checkpoints, metrics
 from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
 from alphaadam_dist.training.launch import free_port
@@ -38,6 +40,20 @@ def start(recipe: str, arguments: list[str], cache: str) -> tuple[int, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
+
+
+def start_and_stop(recipe: str, arguments: list[str], cache: str) -> tuple[int, str]:
+    """`start`, and SIGTERM to rank 1 in step 3."""
+
+    class Told(callbacks.SaveAndStop):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if args.process_index == 1 and state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().on_step_end(args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "SaveAndStop", Told)
+        return start(recipe, arguments, cache)
 
 
 def on_ranks(ranks: Ranks, recipe: str, arguments: list[str], cache: Path) -> str:
@@ -141,8 +157,15 @@ def test_gpt2_from_scratch_resumes(ranks2: Ranks, cache: Path, tmp_path: Path):
     whole = _logged(folder, "loss")
     assert len(whole) == 4
 
-    for name in ("checkpoint-4/complete", "finished"):
-        (folder / name).unlink()
+    # a rank that is told to stop takes the other along; what they had come to is saved
+    folder = tmp_path / "stopped" / "alphaadam"
+    arguments[-1] = str(folder.parent)
+    answers = ranks2.run(start_and_stop, "pretrain_gpt2", arguments, str(cache))
+    assert [code for code, _ in answers] == [143, 143]
+    assert "Stopped by SIGTERM: saved. The same command with --resume goes on" in answers[0][1]
+    assert checkpoints.step_of(checkpoints.last_complete(folder)) == 3
+    assert _logged(folder, "loss") == whole[:3]
+
     on_ranks(ranks2, "pretrain_gpt2", [*arguments, "--resume"], cache)
     assert _logged(folder, "loss") == whole
     assert [step for step, _ in _logged(folder, "eval_loss")] == [0, 1, 2, 3, 4]
