@@ -81,7 +81,7 @@ def _differences(all_of: Sequence[Task], done: Done) -> Figure:
             if math.isnan(difference.mean):
                 axes.annotate("diverged", (0, row), color=GREY, fontsize=8.5, va="center")
                 continue
-            color = "#d1495b" if name.startswith(ALPHAADAM) else "#30638e"
+            color = "#d1495b" if name.startswith("Alpha") else "#30638e"
             axes.errorbar(
                 difference.mean, row, xerr=difference.half, fmt="o", color=color, markersize=6, capsize=3,
                 markerfacecolor=color if difference.clear else "white", linewidth=1.6,
@@ -113,7 +113,9 @@ def _training(all_of: Sequence[Task], done: Done) -> Figure:
 
 def _rates(all_of: Sequence[Task], done: Done) -> Figure:
     """Screening: loss against learning rate."""
-    figure, panels = _panels(len(all_of), 4.0, "held-out loss by learning rate, one seed (Lion: at a tenth of it)")
+    figure, panels = _panels(
+        len(all_of), 4.0, "held-out loss by learning rate, one seed (Lion at half of it, AlphaLion at a quarter)"
+    )
     for axes, task in zip(panels, all_of, strict=True):
         for name, color in COLORS.items():
             values = [done[protocol.tuning(task, BY_NAME[name], rate)].final for rate in task.rates]
@@ -153,4 +155,4 @@ def _counterexamples(all_of: Sequence[Task], done: Done) -> Figure:
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=9, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=9 if len(panels) > 3 else 5, fontsize=9)

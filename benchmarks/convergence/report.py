@@ -203,7 +203,8 @@ def _counterexample(task: Task, done: Done) -> list[str]:
             row.append(f"{statistics.fmean(values):.3g}" if all(map(math.isfinite, values)) else "diverged")
         rows.append(row)
     seeds = len(COUNTEREXAMPLE_SEEDS)
-    caption = f"{task.measure.capitalize()}, mean of {seeds} seeds, by learning rate (for the Lions a quarter of it)."
+    rates = "by learning rate (Lion's is half of it, AlphaLion's a quarter)"
+    caption = f"{task.measure.capitalize()}, mean of {seeds} seeds, {rates}."
     return [caption, "", *table(["", *(f"{rate:g}" for rate in task.rates)], rows)]
 
 

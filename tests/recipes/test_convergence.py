@@ -206,7 +206,7 @@ def test_rounds_tune_on_one_seed_and_judge_on_others() -> None:
     assert analysis.against(task, ALPHAADAM, ADAMW, done).mean == pytest.approx(-0.1)
     # AlphaAdam is at every step 0.1 ahead, which is one evaluation of eight
     assert analysis.reached_adamw(task, ALPHAADAM, done).share == pytest.approx(7 / 8)
-    assert protocol.final(task, BY_NAME["Lion"], done, 1).lr == pytest.approx(5e-4)
+    assert protocol.final(task, BY_NAME["Lion"], done, 1).lr == pytest.approx(1e-3)
 
 
 def test_step_times_are_of_every_optimizer(scale: tasks.Scale, monkeypatch: pytest.MonkeyPatch) -> None:
