@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from . import analysis, protocol
-from .analysis import Done
+from .protocol import Study
 from .runs import Job
-from .tasks import Scale
 from .trial import Task
-from .variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
+from .variants import ADAMW, ALPHAADAM, BY_NAME
 
 # the few that the line plots show, so that a line can be told from another
 COLORS = {
@@ -37,7 +36,7 @@ COLORS = {
 }
 
 
-def draw(stem: Path, scale: Scale, done: Done) -> list[Path]:
+def draw(stem: Path, study: Study) -> list[Path]:
     """Write the pictures beside ``stem`` and return where they are. Of a sweep cut short, those that can be drawn."""
     pictures = {
         "differences": (_differences, "finals"),
@@ -48,10 +47,15 @@ def draw(stem: Path, scale: Scale, done: Done) -> list[Path]:
     paths = []
     with matplotlib.rc_context(STYLE):
         for name, (draw_one, made_by) in pictures.items():
-            finished = protocol.finished(made_by, scale, done)
-            if len(finished) == len(protocol.tasks_of(made_by, scale)):
-                paths.append(_save(draw_one(finished, done), stem, name))
+            finished = study.finished(made_by)
+            if finished and len(finished) == len(study.tasks_of(made_by)):
+                paths.append(_save(draw_one(study, finished), stem, name))
     return paths
+
+
+def _lines(study: Study) -> list[tuple[str, str]]:
+    """Name and color of what the line plots show."""
+    return [(variant.name, COLORS[variant.name]) for variant in study.variants if variant.name in COLORS]
 
 
 def _save(figure: Figure, stem: Path, name: str) -> Path:
@@ -69,15 +73,15 @@ def _panels(count: int, height: float, title: str, *, share_y: bool = False) -> 
     return figure, list(panels)
 
 
-def _differences(all_of: Sequence[Task], done: Done) -> Figure:
+def _differences(study: Study, all_of: Sequence[Task]) -> Figure:
     """Every optimizer's difference to AdamW with its interval, a panel a task."""
-    names = [variant.name for variant in VARIANTS if variant.name != ADAMW][::-1]
+    names = [variant.name for variant in study.variants if variant.name != ADAMW][::-1]
     figure, panels = _panels(
         len(all_of), 5.2, "held-out loss minus AdamW's, nats: mean of 5 paired seeds and 95 % interval", share_y=True
     )
     for axes, task in zip(panels, all_of, strict=True):
         for row, name in enumerate(names):
-            difference = analysis.against(task, name, ADAMW, done)
+            difference = analysis.against(task, name, ADAMW, study.done)
             if math.isnan(difference.mean):
                 axes.annotate("diverged", (0, row), color=GREY, fontsize=8.5, va="center")
                 continue
@@ -93,16 +97,16 @@ def _differences(all_of: Sequence[Task], done: Done) -> Figure:
     return figure
 
 
-def _training(all_of: Sequence[Task], done: Done) -> Figure:
+def _training(study: Study, all_of: Sequence[Task]) -> Figure:
     """How the difference to AdamW goes over training."""
     figure, panels = _panels(
         len(all_of), 4.0, "held-out loss minus AdamW's over training, nats: mean of 5 paired seeds"
     )
     for axes, task in zip(panels, all_of, strict=True):
-        for name, color in COLORS.items():
+        for name, color in _lines(study):
             if name == ADAMW:
                 continue
-            points = analysis.gain_over_training(task, name, done)
+            points = analysis.gain_over_training(task, name, study.done)
             axes.plot([s for s, _ in points], [d.mean for _, d in points], color=color, label=name, linewidth=1.8)
         axes.axhline(0, color=COLORS[ADAMW], linewidth=1.4)
         axes.set_title(task.title, fontsize=10.5)
@@ -111,14 +115,14 @@ def _training(all_of: Sequence[Task], done: Done) -> Figure:
     return figure
 
 
-def _rates(all_of: Sequence[Task], done: Done) -> Figure:
+def _rates(study: Study, all_of: Sequence[Task]) -> Figure:
     """Screening: loss against learning rate."""
     figure, panels = _panels(
         len(all_of), 4.0, "held-out loss by learning rate, one seed (Lion at half of it, AlphaLion at a quarter)"
     )
     for axes, task in zip(panels, all_of, strict=True):
-        for name, color in COLORS.items():
-            values = [done[protocol.tuning(task, BY_NAME[name], rate)].final for rate in task.rates]
+        for name, color in _lines(study):
+            values = [study.done[protocol.tuning(task, BY_NAME[name], rate)].final for rate in task.rates]
             axes.plot(task.rates, values, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
         axes.set_xscale("log", base=2)
         axes.set_xticks(task.rates, [f"{rate:g}" for rate in task.rates], fontsize=8.5)
@@ -128,15 +132,15 @@ def _rates(all_of: Sequence[Task], done: Done) -> Figure:
     return figure
 
 
-def _counterexamples(all_of: Sequence[Task], done: Done) -> Figure:
+def _counterexamples(study: Study, all_of: Sequence[Task]) -> Figure:
     """The last measure by learning rate, a panel a problem."""
     figure, panels = _panels(len(all_of), 4.2, "counterexamples: where it ends, by learning rate; lower is better")
     for axes, task in zip(panels, all_of, strict=True):
-        for name, color in COLORS.items():
+        for name, color in _lines(study):
             variant = BY_NAME[name]
             values = [
                 statistics.fmean(
-                    done[Job(task.name, name, rate * variant.lr_scale, seed)].final
+                    study.done[Job(task.name, name, rate * variant.lr_scale, seed)].final
                     for seed in protocol.COUNTEREXAMPLE_SEEDS
                 )
                 for rate in task.rates

@@ -13,14 +13,12 @@ The counterexamples have no tuning: every optimizer at every rate, three seeds, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
-from . import counterexamples
 from .runs import Job, Result
-from .tasks import Scale, tasks
 from .trial import Task
-from .variants import VARIANTS, Variant
+from .variants import Variant
 
 TUNING_SEEDS = (0, 11, 12)
 SEEDS = (1, 2, 3, 4, 5)
@@ -28,14 +26,41 @@ COUNTEREXAMPLE_SEEDS = (1, 2, 3)
 EVALUATIONS = 8
 EMBEDDING_MULTIPLIERS = (1.0, 4.0, 16.0)
 LONGER, LONGER_MULTIPLIERS = 4, (2.0, 1.0, 0.5)
-CONTROLLED = tuple(variant for variant in VARIANTS if variant.controlled)
 
 Done = Mapping[Job, Result]
 Alternatives = Callable[[Job], list[Job]]
 
 
-def screening(task: Task, done: Done) -> list[Job]:
-    return [tuning(task, variant, rate) for variant in VARIANTS for rate in task.rates]
+@dataclass(frozen=True)
+class Study:
+    """What is compared on what, and the results so far, which grow while it runs."""
+
+    tasks: tuple[Task, ...]
+    counterexamples: tuple[Task, ...]
+    variants: tuple[Variant, ...]
+    done: Done
+
+    @property
+    def controlled(self) -> list[Variant]:
+        return [variant for variant in self.variants if variant.controlled]
+
+    def tasks_of(self, name: str) -> tuple[Task, ...]:
+        """The tasks that a round is about."""
+        return self.counterexamples if name == COUNTEREXAMPLES else self.tasks
+
+    def finished(self, name: str) -> list[Task]:
+        """The tasks for which a round has all its results."""
+        return [task for task in self.tasks_of(name) if self._is_finished(name, task)]
+
+    def _is_finished(self, name: str, task: Task) -> bool:
+        try:
+            return all(job in self.done for job in ROUNDS[name](self, task))
+        except KeyError:  # a round before it is not finished
+            return False
+
+
+def screening(study: Study, task: Task) -> list[Job]:
+    return [tuning(task, variant, rate) for variant in study.variants for rate in task.rates]
 
 
 def two_best(task: Task, variant: Variant, done: Done) -> list[float]:
@@ -43,10 +68,10 @@ def two_best(task: Task, variant: Variant, done: Done) -> list[float]:
     return sorted(task.rates, key=lambda rate: done[tuning(task, variant, rate)].final)[:2]
 
 
-def run_off(task: Task, done: Done) -> list[Job]:
+def run_off(study: Study, task: Task) -> list[Job]:
     return [
         tuning(task, variant, rate, seed)
-        for variant in VARIANTS for rate in two_best(task, variant, done) for seed in TUNING_SEEDS
+        for variant in study.variants for rate in two_best(task, variant, study.done) for seed in TUNING_SEEDS
     ]  # fmt: skip
 
 
@@ -105,41 +130,44 @@ def tuning(task: Task, variant: Variant, rate: float, seed: int = TUNING_SEEDS[0
     return Job(task.name, variant.name, rate * variant.lr_scale, seed)
 
 
-def finals(task: Task, done: Done) -> list[Job]:
-    return [final(task, variant, done, seed) for variant in VARIANTS for seed in SEEDS]
+def finals(study: Study, task: Task) -> list[Job]:
+    return [final(task, variant, study.done, seed) for variant in study.variants for seed in SEEDS]
 
 
-def controls(task: Task, done: Done) -> list[Job]:
-    return [choose(task, v, done, seed) for choose in (unclipped, doubled) for v in CONTROLLED for seed in SEEDS]
-
-
-def tuning_of_controls(task: Task, done: Done) -> list[Job]:
+def controls(study: Study, task: Task) -> list[Job]:
     return [
-        job
-        for alternatives, variants in ((embeddings, VARIANTS), (longer, CONTROLLED))
-        for variant in variants for seed in TUNING_SEEDS
-        for job in alternatives(_at_best(task, variant, done, seed))
+        choose(task, variant, study.done, seed)
+        for choose in (unclipped, doubled) for variant in study.controlled for seed in SEEDS
     ]  # fmt: skip
 
 
-def tuned_controls(task: Task, done: Done) -> list[Job]:
+def tuning_of_controls(study: Study, task: Task) -> list[Job]:
     return [
-        choose(task, variant, done, seed)
-        for choose, variants in ((embedding_tuned, VARIANTS), (four_times, CONTROLLED))
+        job
+        for alternatives, variants in ((embeddings, study.variants), (longer, study.controlled))
+        for variant in variants for seed in TUNING_SEEDS
+        for job in alternatives(_at_best(task, variant, study.done, seed))
+    ]  # fmt: skip
+
+
+def tuned_controls(study: Study, task: Task) -> list[Job]:
+    return [
+        choose(task, variant, study.done, seed)
+        for choose, variants in ((embedding_tuned, study.variants), (four_times, study.controlled))
         for variant in variants for seed in SEEDS
     ]  # fmt: skip
 
 
-def everything(task: Task, done: Done) -> list[Job]:
+def everything(study: Study, task: Task) -> list[Job]:
     return [
         tuning(task, variant, rate, seed)
-        for variant in VARIANTS for rate in task.rates for seed in COUNTEREXAMPLE_SEEDS
+        for variant in study.variants for rate in task.rates for seed in COUNTEREXAMPLE_SEEDS
     ]  # fmt: skip
 
 
 COUNTEREXAMPLES = "counterexamples"
 # Each round needs the results of those before it.
-ROUNDS: dict[str, Callable[[Task, Done], list[Job]]] = {
+ROUNDS: dict[str, Callable[[Study, Task], list[Job]]] = {
     "screening": screening,
     "run-off": run_off,
     "finals": finals,
@@ -148,20 +176,4 @@ ROUNDS: dict[str, Callable[[Task, Done], list[Job]]] = {
     "tuning of controls": tuning_of_controls,
     "tuned controls": tuned_controls,
 }
-
-
-def tasks_of(name: str, scale: Scale) -> tuple[Task, ...]:
-    """The tasks that a round is about."""
-    return counterexamples.TASKS if name == COUNTEREXAMPLES else tasks(scale)
-
-
-def finished(name: str, scale: Scale, done: Done) -> list[Task]:
-    """The tasks for which a round has all its results."""
-    return [task for task in tasks_of(name, scale) if _is_finished(name, task, done)]
-
-
-def _is_finished(name: str, task: Task, done: Done) -> bool:
-    try:
-        return all(job in done for job in ROUNDS[name](task, done))
-    except KeyError:  # a round before it is not finished
-        return False
+CONTROLS = ("controls", "tuning of controls", "tuned controls")

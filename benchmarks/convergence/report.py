@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from . import analysis, protocol
-from .analysis import Difference, Done
-from .protocol import CONTROLLED, COUNTEREXAMPLE_SEEDS, SEEDS, TUNING_SEEDS
+from .analysis import Difference
+from .protocol import COUNTEREXAMPLE_SEEDS, SEEDS, TUNING_SEEDS, Study
 from .runs import Result
-from .tasks import Scale, tasks
+from .tasks import Scale
 from .trial import Task
-from .variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
+from .variants import ADAMW, ALPHAADAM
 
 Times = dict[str, dict[str, tuple[float, float]]]
 
@@ -29,9 +29,9 @@ CONTROLS = {
 }
 
 
-def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date: str) -> None:
+def write(stem: Path, scale: Scale, study: Study, times: Times, machine: str, date: str) -> None:
     """Write ``stem``.md and ``stem``.json: of a sweep cut short what is finished, and without ``times`` none."""
-    all_of = protocol.finished("finals", scale, done)
+    all_of = study.finished("finals")
     lines = [
         "# Convergence: the tables",
         "",
@@ -43,25 +43,25 @@ def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date
         "",
         "## Held-out loss, difference to AdamW",
         "",
-        *_differences(all_of, [v.name for v in VARIANTS], ADAMW, done),
+        *_differences(study, all_of, ADAMW),
         "",
         "## Held-out loss, difference to AlphaAdam with its defaults",
         "",
-        *_differences(all_of, [v.name for v in VARIANTS], ALPHAADAM, done),
+        *_differences(study, all_of, ALPHAADAM),
     ]
     for task in all_of:
-        lines += ["", f"## {task.title}", "", *_task(task, done, times.get(task.name))]
+        lines += ["", f"## {task.title}", "", *_task(study, task, times.get(task.name))]
     lines += ["", "## Tuning: the best learning rate, and its loss on the three tuning seeds", ""]
-    lines += _tuning(all_of, done)
+    lines += _tuning(study, all_of)
     lines += ["", "## Controls: difference to AdamW under the same control", ""]
     lines += [f"Loss of AdamW, and the differences to it. Seeds {SEEDS[0]} to {SEEDS[-1]}.", ""]
-    lines += _controls(scale, done)
+    lines += _controls(study)
     lines += ["", "## The embedding's learning rate tuned as well: difference to AdamW under the same control", ""]
-    lines += _embedding_tuned(protocol.finished("tuned controls", scale, done), done)
-    lines += ["", "## Alpha", "", *_alphas(all_of, done)]
+    lines += _embedding_tuned(study, study.finished("tuned controls"))
+    lines += ["", "## Alpha", "", *_alphas(study, all_of)]
     lines += ["", "## Counterexamples", ""]
-    for task in protocol.finished(protocol.COUNTEREXAMPLES, scale, done):
-        lines += [f"### {task.title}", "", *_counterexample(task, done), ""]
+    for task in study.finished(protocol.COUNTEREXAMPLES):
+        lines += [f"### {task.title}", "", *_counterexample(study, task), ""]
     stem.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     stem.with_suffix(".json").write_text(
         json.dumps(
@@ -71,7 +71,7 @@ def write(stem: Path, scale: Scale, done: Done, times: Times, machine: str, date
                 "torch": torch.__version__,
                 "scale": asdict(scale),
                 "step_milliseconds": times,
-                "runs": [_entry(result) for result in done.values()],
+                "runs": [_entry(result) for result in study.done.values()],
             }
         )
         + "\n"
@@ -89,18 +89,18 @@ def show(difference: Difference) -> str:
     return f"**{text}**" if difference.clear else text
 
 
-def _differences(all_of: Sequence[Task], names: Sequence[str], other: str, done: Done) -> list[str]:
+def _differences(study: Study, all_of: Sequence[Task], other: str) -> list[str]:
     rows = [
-        [name, *(show(analysis.against(task, name, other, done)) for task in all_of)]
-        for name in names if name != other
+        [variant.name, *(show(analysis.against(task, variant.name, other, study.done)) for task in all_of)]
+        for variant in study.variants if variant.name != other
     ]  # fmt: skip
     return table(["", *(task.title for task in all_of)], rows)
 
 
-def _task(task: Task, done: Done, times: dict[str, tuple[float, float]] | None) -> list[str]:
-    edges = (min(task.rates), max(task.rates))
+def _task(study: Study, task: Task, times: dict[str, tuple[float, float]] | None) -> list[str]:
+    done, edges = study.done, (min(task.rates), max(task.rates))
     rows = []
-    for variant in VARIANTS:
+    for variant in study.variants:
         rate = protocol.best_rate(task, variant, done)
         losses = analysis.losses(task, variant.name, done)
         reached = analysis.reached_adamw(task, variant.name, done)
@@ -123,9 +123,9 @@ def _task(task: Task, done: Done, times: dict[str, tuple[float, float]] | None) 
     return table(head, rows)
 
 
-def _tuning(all_of: Sequence[Task], done: Done) -> list[str]:
-    rows = []
-    for variant in VARIANTS:
+def _tuning(study: Study, all_of: Sequence[Task]) -> list[str]:
+    done, rows = study.done, []
+    for variant in study.variants:
         row = [variant.name]
         for task in all_of:
             rate = protocol.best_rate(task, variant, done)
@@ -136,27 +136,27 @@ def _tuning(all_of: Sequence[Task], done: Done) -> list[str]:
     return table(["", *(task.title for task in all_of)], rows)
 
 
-def _controls(scale: Scale, done: Done) -> list[str]:
-    others = [variant.name for variant in CONTROLLED if variant.name != ADAMW]
-    rows = []
-    for task in tasks(scale):
+def _controls(study: Study) -> list[str]:
+    others = [variant for variant in study.controlled if variant.name != ADAMW]
+    done, rows = study.done, []
+    for task in study.tasks:
         for control, choose in CONTROLS.items():
             try:
                 adamw = statistics.fmean(analysis.losses(task, ADAMW, done, choose))
-                cells = [show(analysis.against(task, name, ADAMW, done, choose)) for name in others]
+                cells = [show(analysis.against(task, variant.name, ADAMW, done, choose)) for variant in others]
             except KeyError:  # not run yet
                 continue
             if choose is protocol.four_times:
-                chosen = [protocol.chosen(protocol.longer, task, BY_NAME[name], done) for name in (ADAMW, *others)]
+                chosen = [protocol.chosen(protocol.longer, task, variant, done) for variant in study.controlled]
                 control += f" (rate x {', '.join(f'{protocol.LONGER_MULTIPLIERS[i]:g}' for i in chosen)})"
             rows.append([task.title, control, f"{adamw:.3f}", *cells])
-    return table(["", "control", ADAMW, *others], rows)
+    return table(["", "control", ADAMW, *(variant.name for variant in others)], rows)
 
 
-def _embedding_tuned(all_of: Sequence[Task], done: Done) -> list[str]:
+def _embedding_tuned(study: Study, all_of: Sequence[Task]) -> list[str]:
     choose = protocol.embedding_tuned
-    rows = []
-    for variant in VARIANTS:
+    done, rows = study.done, []
+    for variant in study.variants:
         row = [variant.name]
         for task in all_of:
             if variant.name == ADAMW:
@@ -173,11 +173,12 @@ def _embedding_tuned(all_of: Sequence[Task], done: Done) -> list[str]:
     ]
 
 
-def _alphas(all_of: Sequence[Task], done: Done) -> list[str]:
+def _alphas(study: Study, all_of: Sequence[Task]) -> list[str]:
     rows = []
-    for variant in VARIANTS:
-        results = [[done[protocol.final(task, variant, done, seed)] for seed in SEEDS] for task in all_of]
-        if results[0][0].alpha_mean is not None:
+    for variant in study.variants:
+        finals = [[protocol.final(task, variant, study.done, seed) for seed in SEEDS] for task in all_of]
+        results = [[study.done[job] for job in jobs] for jobs in finals]
+        if results and results[0][0].alpha_mean is not None:
             rows.append([variant.name, *(_alpha(of_task) for of_task in results)])
     return [
         "Mean over the steps, and the largest of any step and seed.",
@@ -192,14 +193,14 @@ def _alpha(results: Sequence[Result]) -> str:
     return f"{statistics.fmean(means):.2f}, {max(peaks):.2f}"
 
 
-def _counterexample(task: Task, done: Done) -> list[str]:
-    jobs = protocol.everything(task, done)
+def _counterexample(study: Study, task: Task) -> list[str]:
+    jobs = protocol.everything(study, task)
     rows = []
-    for variant in VARIANTS:
+    for variant in study.variants:
         row = [variant.name]
         for rate in task.rates:
             lr = rate * variant.lr_scale
-            values = [done[job].final for job in jobs if job.variant == variant.name and job.lr == lr]
+            values = [study.done[job].final for job in jobs if job.variant == variant.name and job.lr == lr]
             row.append(f"{statistics.fmean(values):.3g}" if all(map(math.isfinite, values)) else "diverged")
         rows.append(row)
     seeds = len(COUNTEREXAMPLE_SEEDS)

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.training.data import byte_level_bpe
 from benchmarks.convergence import analysis, counterexamples, protocol, report, runs, tasks, timing
+from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.plots import draw
+from benchmarks.convergence.protocol import Study
 from benchmarks.convergence.runner import Runner, results_file
 from benchmarks.convergence.runs import Job, Result
 from benchmarks.convergence.trial import Task
@@ -183,19 +187,20 @@ def result(job: Job) -> Result:
     return Result(job, curve, 1.5, 2.0)
 
 
-def all_rounds(scale: tasks.Scale) -> dict[Job, Result]:
+def all_rounds(scale: tasks.Scale) -> tuple[Study, dict[Job, Result]]:
     done: dict[Job, Result] = {}
+    study = Study(tasks.tasks(scale), counterexamples.TASKS, VARIANTS, done)
     for name, jobs_of in protocol.ROUNDS.items():
-        for task in protocol.tasks_of(name, scale):
-            done.update({job: result(job) for job in jobs_of(task, done)})
-    return done
+        for task in study.tasks_of(name):
+            done.update({job: result(job) for job in jobs_of(study, task)})
+    return study, done
 
 
 def test_rounds_tune_on_one_seed_and_judge_on_others() -> None:
-    done = all_rounds(TINY)
-    task: Task = tasks.tasks(TINY)[0]
+    study, done = all_rounds(TINY)
+    task: Task = study.tasks[0]
     adamw = BY_NAME[ADAMW]
-    tuned = [job.seed for job in (*protocol.screening(task, done), *protocol.run_off(task, done))]
+    tuned = [job.seed for job in (*protocol.screening(study, task), *protocol.run_off(study, task))]
     assert not set(tuned) & set(protocol.SEEDS)
     assert protocol.best_rate(task, adamw, done) == 2e-3
     assert [protocol.final(task, adamw, done, seed).seed for seed in protocol.SEEDS] == [1, 2, 3, 4, 5]
@@ -210,36 +215,36 @@ def test_rounds_tune_on_one_seed_and_judge_on_others() -> None:
 
 
 def test_step_times_are_of_every_optimizer(scale: tasks.Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "tasks", lambda scale: tasks.tasks(scale)[:1])
     monkeypatch.setattr(timing, "MEASURED", 3)
-    times = timing.step_times(scale)["gpt"]
+    study = Study(tasks.tasks(scale)[:1], (), VARIANTS, {})
+    times = timing.step_times(study)["gpt"]
     assert times.keys() == {variant.name for variant in VARIANTS}
     assert all(model > 0 and update > 0 for model, update in times.values())
 
 
 @pytest.mark.slow
 def test_the_report_says_what_the_runs_say(tmp_path: Path, scale: tasks.Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = all_rounds(scale)
+    study, done = all_rounds(scale)
     times = {task.name: {variant.name: (2.0, 1.0) for variant in VARIANTS} for task in tasks.tasks(scale)}
     stem = tmp_path / "2000-01-01-convergence"
-    report.write(stem, scale, done, times, "a machine", "2000-01-01")
+    report.write(stem, scale, study, times, "a machine", "2000-01-01")
     text = stem.with_suffix(".md").read_text()
     assert "| AlphaAdam | **-0.100 ± 0.000** |" in text
     assert "0.88 (5)" in text
     held = json.loads(stem.with_suffix(".json").read_text())
     assert len(held["runs"]) == len(done)
-    pictures = draw(stem, scale, done)
+    pictures = draw(stem, study)
     assert len(pictures) == 4
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
     # cut short: one final of the last task is missing, and all that came after
-    task = tasks.tasks(scale)[-1]
+    task = study.tasks[-1]
     missing = protocol.final(task, VARIANTS[-1], done, protocol.SEEDS[-1])
-    finals = {job for t in tasks.tasks(scale) for job in protocol.finals(t, done)}
+    finals = {job for t in study.tasks for job in protocol.finals(study, t)}
     part = {
         job: r for job, r in done.items() if job != missing and (job.seed in protocol.TUNING_SEEDS or job in finals)
     }
-    report.write(stem, scale, part, times, "a machine", "2000-01-01")
+    report.write(stem, scale, replace(study, done=part), times, "a machine", "2000-01-01")
     text = stem.with_suffix(".md").read_text()
     assert "## GPT" in text
     assert f"## {task.title}" not in text
@@ -262,3 +267,20 @@ def test_a_sweep_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     assert Runner(TINY, file, workers=1).done.keys() == set(jobs)
     assert results_file(replace(TINY, steps=9), tmp_path) != file
     assert first.final == pytest.approx(runs.run(TINY, jobs[0]).final, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_part_of_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(main)
+    part = ["--task", "rotated", "--optimizer", "Lion", "--workers", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, part)
+    assert done.exit_code == 0, done.output
+    [tables] = tmp_path.glob("*-convergence-part.md")
+    rows = tables.read_text().split("### rotated ill-conditioned quadratic")[1].splitlines()
+    assert [row.split(" | ")[0] for row in rows if row.startswith("| ")][2:] == ["| AdamW", "| AlphaAdam", "| Lion"]
+    assert [path.name for path in tmp_path.glob("*.png")] == [f"{tables.stem}-counterexamples.png"]
+    wrong = CliRunner().invoke(app, ["--optimizer", "Leon"])
+    assert wrong.exit_code == 2
+    assert "Leon; there are AdamW, AlphaAdam" in " ".join(wrong.output.split())

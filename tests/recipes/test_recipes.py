@@ -143,7 +143,7 @@ def test_lora_trains_adapters_only(ranks2: Ranks, garden: list[str], cache: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_gpt2_from_scratch_resumes(ranks2: Ranks, cache: Path, tmp_path: Path):
+def test_gpt2_from_scratch_is_stopped_and_resumes(ranks2: Ranks, cache: Path, tmp_path: Path):
     """Under FSDP2 on the package's own source: the model has the shape asked for, and goes on from a checkpoint."""
     shape = ["--layers", "2", "--hidden", "32", "--heads", "2", "--block", "32", "--vocabulary", "300"]
     arguments = [*shape, *SMALL, "--data", str(ROOT / "alphaadam_dist"), "--fsdp", "--save-every", "2"]
