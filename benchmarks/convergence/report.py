@@ -111,10 +111,12 @@ def _task(study: Study, task: Task, times: dict[str, tuple[float, float]] | None
             f"{reached.share:.2f} ({reached.seeds})" if reached.seeds else f"- ({reached.seeds})",
         ]
         if times is not None:
-            pace = sum(times[variant.name]) / sum(times[ADAMW])
+            # the same model for all: what its own step seems to take with one and the other is the machine's noise
+            model = statistics.median(of_model for of_model, _ in times.values())
+            pace = (model + times[variant.name][1]) / (model + times[ADAMW][1])
             row += [
                 f"{reached.share * pace:.2f}" if reached.seeds else "-",
-                "{:.1f} + {:.1f}".format(*times[variant.name]),
+                f"{model:.1f} + {times[variant.name][1]:.1f}",
             ]
         rows.append(row)
     head = ["", "lr", f"{task.measure} (sd)", "steps to AdamW's best, as a share of AdamW's (seeds)"]
