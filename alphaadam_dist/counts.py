@@ -64,14 +64,14 @@ class Statistics:
         mine = counts.to(self.layout.device, torch.float64) * owned[:, None]
         self._buffer[: 2 * self.layout.rows].view(-1, 2).index_add_(0, rows, mine)
         if self.scope == "global":
-            self._buffer[2] += numel
+            self._buffer[2].add_(numel)
 
     def add_norms(self, slots: tuple[Slot, ...], squared_norms: Tensor) -> None:
         """Add squared gradient norms, float64 (n,), of n slots, as ``add`` does counts."""
         assert self.layout is not None
         if slots:
             _, owned, _ = self.layout.gather(slots)
-            self._buffer[-1] += (squared_norms.to(self.layout.device) * owned).sum()
+            self._buffer[-1].add_((squared_norms.to(self.layout.device) * owned).sum())
 
     def reduce_norm(self) -> None:
         """All-reduce the norm by itself: a threshold must know the clipped gradient before it can count."""

@@ -15,11 +15,12 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -74,12 +75,11 @@ OURS: dict[str, dict[str, Any]] = {
     "layer": {"scope": "layer"},
     "threshold": {"threshold": 1 / 9},
     "threshold, delayed": {"threshold": 1 / 9, "sync": "delayed"},
-    "reference kernels": {"fused": False},
 }
 
 
-def contestants(elements: int, device: torch.device, slow: bool) -> Steps:
-    """Everybody's step on one and the same parameter, gradient and moments."""
+def contestants(elements: int, device: torch.device) -> tuple[Steps, Steps]:
+    """Steps on one and the same parameter, gradient and moments: of the fast, and of those in eager torch."""
     generator = torch.Generator(device).manual_seed(0)
     param = nn.Parameter(torch.randn(elements, generator=generator, device=device))
     param.grad = torch.randn(elements, generator=generator, device=device)
@@ -100,17 +100,18 @@ def contestants(elements: int, device: torch.device, slow: bool) -> Steps:
 
     steps: Steps = {FUSED: fused, CLIPPED: clipped}
     for name, options in OURS.items():
-        if slow or name != "reference kernels":
-            steps[f"AlphaAdam {name}"] = step_of(AlphaAdam([param], **{"fused": True, **options}))
-    if slow:
-        steps["AdamW for-loop"] = step_of(torch.optim.AdamW([param], foreach=False))
-        steps["AdamW foreach"] = step_of(torch.optim.AdamW([param], foreach=True))
-        steps["C-AdamW"] = step_of(baselines.CAdamW([param]))
-        steps["MGUP-AdamW"] = step_of(baselines.MGUPAdamW([param]))
+        steps[f"AlphaAdam {name}"] = step_of(AlphaAdam([param], fused=True, **options))
+    eager = {
+        "AlphaAdam reference kernels": step_of(AlphaAdam([param], fused=False)),
+        "AdamW for-loop": step_of(torch.optim.AdamW([param], foreach=False)),
+        "AdamW foreach": step_of(torch.optim.AdamW([param], foreach=True)),
+        "C-AdamW": step_of(baselines.CAdamW([param])),
+        "MGUP-AdamW": step_of(baselines.MGUPAdamW([param])),
+    }
     if device.type == "cpu" and (adam := _deepspeed_cpu_adam(param)) is not None:
         adam.state[param].update(step=1, exp_avg=first, exp_avg_sq=second)
         steps[OFFLOAD_PEER] = adam.step
-    return steps
+    return steps, eager
 
 
 def _deepspeed_cpu_adam(param: Tensor) -> Any:
@@ -124,14 +125,24 @@ def _deepspeed_cpu_adam(param: Tensor) -> Any:
         return None
 
 
-def take_turns(steps: Steps, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step, round by round, after one round that is not counted."""
+def take_turns(
+    steps: Steps, rounds: int, device: torch.device, before: Mapping[str, Callable[[], Any]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every step, round by round, after one round that is not counted.
+
+    The order is drawn anew for each round, because a step pays for what the one before it leaves: garbage to collect
+    and cold caches. ``before`` has what runs ahead of a step, and is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, draw = list(steps), random.Random(0)
     for round_ in range(rounds + 1):
-        for name, step in steps.items():
+        draw.shuffle(order)
+        for name in order:
+            if before is not None:
+                before[name]()
             _synchronize(device)
             start = time.perf_counter()
-            step()
+            steps[name]()
             _synchronize(device)
             if round_:
                 seconds[name].append(time.perf_counter() - start)
@@ -153,11 +164,12 @@ def compare(case: str, name: str, seconds: dict[str, list[float]], against: str,
 def flat_tensor(mebi: int, rounds: int, device: torch.device) -> list[Row]:
     """One flat parameter, as ZeRO has it."""
     elements = mebi * 2**20
-    steps = contestants(elements, device, slow=mebi <= SLOW)
+    steps, eager = contestants(elements, device)
     source = torch.empty(4 * elements, device=device)
     target = torch.empty_like(source)
     steps["copy"] = lambda: target.copy_(source)
-    seconds = take_turns(steps, rounds, device)
+    # the eager ones apart: they take and free memory, and a step after them pays for it
+    seconds = take_turns(steps, 2 * rounds, device)
     copied = 32 * elements / statistics.median(seconds.pop("copy"))
     rows = []
     for name in seconds:
@@ -168,6 +180,9 @@ def flat_tensor(mebi: int, rounds: int, device: torch.device) -> list[Row]:
             speed = traffic * elements / (row.milliseconds / 1e3)
             row = Row(**{**asdict(row), "gigabytes_per_second": speed / 1e9, "share_of_copy": speed / copied})
         rows.append(row)
+    if mebi <= SLOW:
+        seconds = take_turns({FUSED: steps[FUSED], **eager}, rounds, device)
+        rows += [compare(f"{mebi} Mi", name, seconds, FUSED) for name in eager]
     return rows
 
 
@@ -198,6 +213,7 @@ def offloaded(rounds: int) -> list[Row]:
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
     steps: Steps = {}
+    backwards: Steps = {}
     shares: dict[str, list[float]] = {}
     for name in (OFFLOAD_PEER, "AlphaAdam delayed", "AlphaAdam exact"):
         options = {"lr": 1e-3, "sync": name.removeprefix("AlphaAdam "), "fused": True}
@@ -211,10 +227,8 @@ def offloaded(rounds: int) -> list[Row]:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
         shares[name] = _timed(engine.optimizer)
         steps[name] = engine.step
-        steps[f"backward of {name}"] = partial(_backward, engine)
-    # a backward before each step
-    ordered = {n: steps[n] for name in shares for n in (f"backward of {name}", name)}
-    seconds = take_turns(ordered, rounds, torch.device("cpu"))
+        backwards[name] = partial(_backward, engine)
+    seconds = take_turns(steps, rounds, torch.device("cpu"), backwards)
     share = {name: times[1:] for name, times in shares.items()}
     rows = []
     for name in shares:
@@ -272,7 +286,8 @@ def _timed(zero: Any) -> list[float]:
 def memory_above(elements: int) -> dict[str, float]:
     """MB that a step takes at its peak beyond what was resident before it (Linux, CPU)."""
     peaks = {}
-    for name, step in contestants(elements, torch.device("cpu"), slow=False).items():
+    steps, _ = contestants(elements, torch.device("cpu"))
+    for name, step in steps.items():
         if not name.startswith("AlphaAdam") and name != FUSED:
             continue
         step()

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Ranks:
 
     def __init__(self, world: int) -> None:
         self.world = world
+        self._port = 29600 + os.getpid() % 2000
         self._start()
 
     def _start(self) -> None:
@@ -58,7 +60,7 @@ class Ranks:
         self._connections, self._processes = [], []
         for rank in range(self.world):
             mine, theirs = context.Pipe()
-            args = (rank, self.world, store, 29600 + os.getpid() % 2000, theirs)
+            args = (rank, self.world, store, self._port, theirs)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._connections.append(mine)
@@ -91,3 +93,5 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
+            buffer.unlink()  # DeepSpeed leaves it there, 66 MiB a rank

@@ -58,6 +58,10 @@ def leave(code: int = 0) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        if "deepspeed" in sys.modules:
+            from alphaadam_dist.zero.internals import free_shared_memory
+
+            free_shared_memory()
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

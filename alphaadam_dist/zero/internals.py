@@ -9,9 +9,11 @@ are still there as backward left them, which is where an exact step counts.
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -311,3 +313,12 @@ def unscale_factor(zero: Any, total_norm: Any) -> Tensor | float:
         clip = ((total_norm / zero.loss_scale) + 1e-6) / zero.clip_grad
         combined = clip.clamp(min=1.0) * zero.loss_scale
     return 1.0 / combined
+
+
+def free_shared_memory() -> None:
+    """Remove this rank's buffer of DeepSpeed's all-reduce on CPUs, 66 MiB of memory that would stay in /dev/shm.
+
+    DeepSpeed never does. For the end of a rank: the others have opened the buffer when they initialized.
+    """
+    place = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path("/dev/shm", "_".join(map(str, ("deepspeed_allreduce_buffer", os.getuid(), *place)))).unlink(missing_ok=True)

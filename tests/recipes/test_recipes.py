@@ -100,6 +100,7 @@ def test_llama_from_the_launcher_to_the_comparison(ranks2: Ranks, garden: list[s
         timeout=600, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **PLAIN, **variables},
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-5000:]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{variables['MASTER_PORT']}_*")), "66 MiB a rank would stay"
     for phrase in ("AlphaAdam", "before", "held-out loss", "--optimizer adamw puts AdamW beside it", "losses.png"):
         assert phrase in launched.stdout
     ours = tmp_path / "run" / "alphaadam"
