@@ -335,18 +335,19 @@ def draw(rows: Sequence[Row], subtitle: str, path: Path) -> None:
     """The step at 32 Mi elements, or the largest that was measured: a bar for each contestant."""
     flat = [row for row in rows if row.case.endswith(" Mi")]
     case = "32 Mi" if any(row.case == "32 Mi" for row in flat) else flat[-1].case
-    base = next(row for row in flat if row.case == case and row.name == FUSED)
-    shown = sorted((row for row in flat if row.case == case), key=lambda row: -row.milliseconds)
+    clipped = next(row.ratio for row in flat if row.case == case and row.name == CLIPPED)
+    ratios = {row.name: row.ratio * (clipped if row.against == CLIPPED else 1) for row in flat if row.case == case}
+    shown = sorted(ratios, key=lambda name: -ratios[name])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 0.42 * len(shown) + 1.6), dpi=160, layout="constrained")
         axes = figure.add_subplot()
-        times = [row.milliseconds / base.milliseconds for row in shown]
-        colors = ["#d1495b" if row.name.startswith("AlphaAdam") else "#30638e" for row in shown]
-        axes.barh([row.name for row in shown], times, color=colors, height=0.66)
+        times = [ratios[name] for name in shown]
+        colors = ["#d1495b" if name.startswith("AlphaAdam") else "#30638e" for name in shown]
+        axes.barh(shown, times, color=colors, height=0.66)
         for y, value in enumerate(times):
             axes.text(value * 1.03, y, f"{value:.2f}", va="center", color=INK, fontsize=9.5)
         axes.axvline(1.0, color=GREY, linewidth=1, linestyle=":")
-        axes.set(title=f"time of a step, {FUSED} = 1: {case}", xlabel=subtitle, xscale="log")
+        axes.set(title=f"time of a step as a ratio to {FUSED}: {case}", xlabel=subtitle, xscale="log")
         axes.set_xlim(right=max(times) * 1.6)
         axes.grid(axis="y", visible=False)
         figure.savefig(path)
