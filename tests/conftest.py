@@ -1,11 +1,15 @@
 """Fixtures: pools of ranks, made once a session."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+# as in an activated environment: launchers are found there, and the ninja with which DeepSpeed compiles
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 

@@ -75,6 +75,8 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
         # else restarted ranks find the addresses of the dead ones in the store that torchrun keeps, and call those
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
+        # as in an activated environment: DeepSpeed compiles with the ninja it finds first
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
         TIED_TO_PARENT: "1",
     }
     with (

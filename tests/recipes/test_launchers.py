@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(two_nodes.__file__))
-BIN = str(Path(sys.executable).parent)
 
 
 def free_port() -> str:
@@ -31,7 +29,7 @@ def free_port() -> str:
 def start(*lines: tuple[list[str], dict[str, str]]) -> None:
     """Run the command lines side by side, as on several nodes; fail with their output if one fails."""
     clean = {k: v for k, v in os.environ.items() if k not in (*two_nodes.VARIABLES, "MASTER_ADDR", "MASTER_PORT")}
-    base = {**clean, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    base = {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             "DS_ACCELERATOR": "cpu"}  # fmt: skip
     said: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     nodes = [subprocess.Popen(line, env={**base, **variables}, cwd=ROOT, **said) for line, variables in lines]
@@ -95,7 +93,7 @@ def test_slurm_on_two_nodes(tmp_path: Path) -> None:
     for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\nprintf '127.0.0.1\\nlocalhost\\n'\n"}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    variables = {"PATH": f"{tools}:{BIN}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
+    variables = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
     start((["launch/slurm.sbatch", SCRIPT, str(tmp_path)], variables))
     check(tmp_path, ["0", "0"])
 

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +93,9 @@ def test_llama_from_the_launcher_to_the_comparison(ranks2: Ranks, garden: list[s
     """DeepSpeed's launcher trains with AlphaAdam at ZeRO-2 in bf16; AdamW, started later, is shown beside it."""
     arguments = [*garden, "--deepspeed", str(ROOT / "ds_configs/zero2.json"), "--bf16", "--gradient-checkpointing"]
     variables = {"GPUS": "2", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     launched = subprocess.run(
         ["launch/deepspeed.sh", "launch/finetune_llama.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-        timeout=600, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **PLAIN, **variables},
+        timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT), **PLAIN, **variables},
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-5000:]
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{variables['MASTER_PORT']}_*")), "66 MiB a rank would stay"
