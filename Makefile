@@ -66,6 +66,7 @@ glue: $(VENV)/.models
 
 bench: setup
 	$(BIN)/alphaadam bench $(ARGS)
+
 science: setup
 	$(BIN)/python -m benchmarks.convergence $(ARGS)
 

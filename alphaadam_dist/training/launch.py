@@ -38,8 +38,7 @@ class LaunchError(RuntimeError):
 def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
     """The launcher's command line: the one place that chooses a launcher."""
     name = "torchrun" if settings.fsdp else "deepspeed"
-    # Beside the running interpreter first: an environment need not be activated to be used.
-    launcher = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    launcher = shutil.which(name, path=_path())
     if launcher is None:
         raise ImportError(f"the {name} launcher is not installed")
     if settings.fsdp:
@@ -47,6 +46,11 @@ def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
     else:
         ranks = ["--num_gpus", str(settings.gpus), "--master_port", str(free_port()), "--no_local_rank"]
     return [launcher, *ranks, "--module", "alphaadam_dist.training.job", str(run), optimizer]
+
+
+def _path() -> str:
+    """Where programs are: beside the running interpreter first, for an environment need not be activated to be used."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 
 
 def launch(line: list[str], folder: Path, settings: Settings, while_running: Callable[[], None]) -> None:
@@ -75,8 +79,7 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
         # else restarted ranks find the addresses of the dead ones in the store that torchrun keeps, and call those
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
-        # as in an activated environment: DeepSpeed compiles with the ninja it finds first
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
+        "PATH": _path(),  # DeepSpeed compiles with the ninja it finds first
         TIED_TO_PARENT: "1",
     }
     with (

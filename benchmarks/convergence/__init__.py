@@ -5,5 +5,6 @@
     python -m benchmarks.convergence --large --workers 1 --task finetune --optimizer C-AdamW --no-controls
 
 ``tasks.py`` and ``counterexamples.py`` say what is trained, ``variants.py`` with what, ``protocol.py`` in which rounds,
-``runs.py`` how one run goes and where its result is kept, ``analysis.py`` and ``report.py`` what is made of it.
+``runs.py`` how one run goes, ``runner.py`` where its result is kept, ``analysis.py`` and ``report.py`` what is made of
+it.
 """

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import protocol
-from .protocol import SEEDS
-from .runs import Job, Result
+from .protocol import SEEDS, Done
+from .runs import Job
 from .trial import Task
 from .variants import ADAMW, BY_NAME, Variant
 
 # two-sided 95 % quantiles of Student's t by degrees of freedom
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
-Done = Mapping[Job, Result]
 Choose = Callable[[Task, Variant, Done, int], Job]
 
 
@@ -52,6 +51,13 @@ def losses(task: Task, name: str, done: Done, choose: Choose = protocol.final) -
 def against(task: Task, name: str, other: str, done: Done, choose: Choose = protocol.final) -> Difference:
     """The difference in held-out loss between two optimizers under the same control."""
     return paired(losses(task, name, done, choose), losses(task, other, done, choose))
+
+
+def ends(task: Task, variant: Variant, rate: float, done: Done) -> float:
+    """Where a counterexample ends at a rate of its grid: the mean over its seeds, not finite where one diverged."""
+    return statistics.fmean(
+        done[protocol.tuning(task, variant, rate, seed)].final for seed in protocol.COUNTEREXAMPLE_SEEDS
+    )
 
 
 @dataclass(frozen=True)

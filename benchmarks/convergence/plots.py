@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from . import analysis, protocol
-from .protocol import Study
-from .runs import Job
+from .protocol import Done, Study
 from .trial import Task
-from .variants import ADAMW, ALPHAADAM, BY_NAME
+from .variants import ADAMW, ALPHAADAM, BY_NAME, Variant
+
+Value = Callable[[Task, Variant, float, Done], float]
 
 # the few that the line plots show, so that a line can be told from another
 COLORS = {
@@ -64,11 +64,14 @@ def _save(figure: Figure, stem: Path, name: str) -> Path:
     return path
 
 
-def _panels(count: int, height: float, title: str, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def _panels(all_of: Sequence[Task], height: float, title: str, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """One for each task, with its title."""
     figure = Figure(
-        figsize=(3.1 * count + 1.2, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+        figsize=(3.1 * len(all_of) + 1.2, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     )
-    panels = figure.subplots(1, count, sharey=share_y, squeeze=False)[0]
+    panels = figure.subplots(1, len(all_of), sharey=share_y, squeeze=False)[0]
+    for axes, task in zip(panels, all_of, strict=True):
+        axes.set_title(task.title, fontsize=10.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
     return figure, list(panels)
 
@@ -77,7 +80,7 @@ def _differences(study: Study, all_of: Sequence[Task]) -> Figure:
     """Every optimizer's difference to AdamW with its interval, a panel a task."""
     names = [variant.name for variant in study.variants if variant.name != ADAMW][::-1]
     figure, panels = _panels(
-        len(all_of), 5.2, "held-out loss minus AdamW's, nats: mean of 5 paired seeds and 95 % interval", share_y=True
+        all_of, 5.2, "held-out loss minus AdamW's, nats: mean of 5 paired seeds and 95 % interval", share_y=True
     )
     for axes, task in zip(panels, all_of, strict=True):
         for row, name in enumerate(names):
@@ -91,7 +94,6 @@ def _differences(study: Study, all_of: Sequence[Task]) -> Figure:
                 markerfacecolor=color if difference.clear else "white", linewidth=1.6,
             )  # fmt: skip
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_title(task.title, fontsize=10.5)
         axes.set_yticks(range(len(names)), names)
     panels[0].set_xlabel("filled: the interval leaves 0 out", fontsize=9, color=GREY)
     return figure
@@ -99,9 +101,7 @@ def _differences(study: Study, all_of: Sequence[Task]) -> Figure:
 
 def _training(study: Study, all_of: Sequence[Task]) -> Figure:
     """How the difference to AdamW goes over training."""
-    figure, panels = _panels(
-        len(all_of), 4.0, "held-out loss minus AdamW's over training, nats: mean of 5 paired seeds"
-    )
+    figure, panels = _panels(all_of, 4.0, "held-out loss minus AdamW's over training, nats: mean of 5 paired seeds")
     for axes, task in zip(panels, all_of, strict=True):
         for name, color in _lines(study):
             if name == ADAMW:
@@ -109,7 +109,6 @@ def _training(study: Study, all_of: Sequence[Task]) -> Figure:
             points = analysis.gain_over_training(task, name, study.done)
             axes.plot([s for s, _ in points], [d.mean for _, d in points], color=color, label=name, linewidth=1.8)
         axes.axhline(0, color=COLORS[ADAMW], linewidth=1.4)
-        axes.set_title(task.title, fontsize=10.5)
         axes.set_xlabel("step")
     _legend(figure, panels)
     return figure
@@ -118,43 +117,35 @@ def _training(study: Study, all_of: Sequence[Task]) -> Figure:
 def _rates(study: Study, all_of: Sequence[Task]) -> Figure:
     """Screening: loss against learning rate."""
     figure, panels = _panels(
-        len(all_of), 4.0, "held-out loss by learning rate, one seed (Lion at half of it, AlphaLion at a quarter)"
+        all_of, 4.0, "held-out loss by learning rate, one seed (Lion at half of it, AlphaLion at a quarter)"
     )
     for axes, task in zip(panels, all_of, strict=True):
-        for name, color in _lines(study):
-            values = [study.done[protocol.tuning(task, BY_NAME[name], rate)].final for rate in task.rates]
-            axes.plot(task.rates, values, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(task.rates, [f"{rate:g}" for rate in task.rates], fontsize=8.5)
-        axes.set_title(task.title, fontsize=10.5)
-        axes.set_xlabel("learning rate")
+        _over_rates(axes, study, task, protocol.screened)
     _legend(figure, panels)
     return figure
 
 
 def _counterexamples(study: Study, all_of: Sequence[Task]) -> Figure:
     """The last measure by learning rate, a panel a problem."""
-    figure, panels = _panels(len(all_of), 4.2, "counterexamples: where it ends, by learning rate; lower is better")
+    figure, panels = _panels(all_of, 4.2, "counterexamples: where it ends, by learning rate; lower is better")
     for axes, task in zip(panels, all_of, strict=True):
-        for name, color in _lines(study):
-            variant = BY_NAME[name]
-            values = [
-                statistics.fmean(
-                    study.done[Job(task.name, name, rate * variant.lr_scale, seed)].final
-                    for seed in protocol.COUNTEREXAMPLE_SEEDS
-                )
-                for rate in task.rates
-            ]
-            axes.plot(task.rates, values, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
-        axes.set_xscale("log")
+        _over_rates(axes, study, task, analysis.ends)
         axes.set_yscale("linear" if task.name == "reddi" else "log")
-        axes.set_xticks(task.rates, [f"{rate:g}" for rate in task.rates])
         axes.minorticks_off()
-        axes.set_title(task.title, fontsize=10.5)
         axes.set_ylabel(task.measure)
-        axes.set_xlabel("learning rate")
     _legend(figure, panels)
     return figure
+
+
+def _over_rates(axes: Axes, study: Study, task: Task, value: Value) -> None:
+    """A line for each optimizer over the task's learning rates."""
+    for name, color in _lines(study):
+        values = [value(task, BY_NAME[name], rate, study.done) for rate in task.rates]
+        axes.plot(task.rates, values, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
+    axes.set_xscale("log")
+    axes.set_xticks(task.rates, [f"{rate:g}" for rate in task.rates], fontsize=8.5)
+    axes.minorticks_off()
+    axes.set_xlabel("learning rate")
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -65,7 +65,12 @@ def screening(study: Study, task: Task) -> list[Job]:
 
 def two_best(task: Task, variant: Variant, done: Done) -> list[float]:
     """The two rates of the task's grid, before the optimizer's own scale, with the lowest losses in screening."""
-    return sorted(task.rates, key=lambda rate: done[tuning(task, variant, rate)].final)[:2]
+    return sorted(task.rates, key=lambda rate: screened(task, variant, rate, done))[:2]
+
+
+def screened(task: Task, variant: Variant, rate: float, done: Done) -> float:
+    """The loss in screening."""
+    return done[tuning(task, variant, rate)].final
 
 
 def run_off(study: Study, task: Task) -> list[Job]:
@@ -77,11 +82,12 @@ def run_off(study: Study, task: Task) -> list[Job]:
 
 def best_rate(task: Task, variant: Variant, done: Done) -> float:
     """That of the two best with the lower mean over the tuning seeds."""
+    return min(two_best(task, variant, done), key=lambda rate: tuning_loss(task, variant, rate, done))
 
-    def loss(rate: float) -> float:
-        return fmean(done[tuning(task, variant, rate, seed)].final for seed in TUNING_SEEDS)
 
-    return min(two_best(task, variant, done), key=loss)
+def tuning_loss(task: Task, variant: Variant, rate: float, done: Done) -> float:
+    """The mean over the tuning seeds."""
+    return fmean(done[tuning(task, variant, rate, seed)].final for seed in TUNING_SEEDS)
 
 
 def embeddings(best: Job) -> list[Job]:

@@ -13,7 +13,7 @@ import torch
 
 from . import analysis, protocol
 from .analysis import Difference
-from .protocol import COUNTEREXAMPLE_SEEDS, SEEDS, TUNING_SEEDS, Study
+from .protocol import COUNTEREXAMPLE_SEEDS, SEEDS, Study
 from .runs import Result
 from .tasks import Scale
 from .trial import Task
@@ -131,7 +131,7 @@ def _tuning(study: Study, all_of: Sequence[Task]) -> list[str]:
         row = [variant.name]
         for task in all_of:
             rate = protocol.best_rate(task, variant, done)
-            loss = statistics.fmean(done[protocol.tuning(task, variant, rate, seed)].final for seed in TUNING_SEEDS)
+            loss = protocol.tuning_loss(task, variant, rate, done)
             edge = ", edge" if rate in (min(task.rates), max(task.rates)) else ""
             row.append(f"{loss:.3f} ({rate * variant.lr_scale:g}{edge})")
         rows.append(row)
@@ -196,14 +196,12 @@ def _alpha(results: Sequence[Result]) -> str:
 
 
 def _counterexample(study: Study, task: Task) -> list[str]:
-    jobs = protocol.everything(study, task)
     rows = []
     for variant in study.variants:
         row = [variant.name]
         for rate in task.rates:
-            lr = rate * variant.lr_scale
-            values = [study.done[job].final for job in jobs if job.variant == variant.name and job.lr == lr]
-            row.append(f"{statistics.fmean(values):.3g}" if all(map(math.isfinite, values)) else "diverged")
+            end = analysis.ends(task, variant, rate, study.done)
+            row.append(f"{end:.3g}" if math.isfinite(end) else "diverged")
         rows.append(row)
     seeds = len(COUNTEREXAMPLE_SEEDS)
     rates = "by learning rate (Lion's is half of it, AlphaLion's a quarter)"
