@@ -56,14 +56,13 @@ class AlphaSGD(AlphaOptimizer):
         """Check momentum and nesterov of a parameter group. Raises ValueError."""
         rule_of_momentum = "it must be more than 0, because the masks read it, and less than 1"
         options.check_number("momentum", group["momentum"], rule_of_momentum, math.ulp(0.0), 1, below=True)
-        if not isinstance(group["nesterov"], bool):
-            raise ValueError(f"nesterov={group['nesterov']!r}: give True or False")
+        options.check_flag("nesterov", group["nesterov"])
 
     def check_saved(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError where a saved state does not fit; warn where its weight decay means something else."""
         super().check_saved(state_dict)
         for group in state_dict["param_groups"]:
-            if group["weight_decay"] and "alphaadam_state" not in group:
+            if group.get("weight_decay") and "alphaadam_state" not in group:
                 warnings.warn(
                     f"the checkpoint is torch.optim.SGD's, which adds weight_decay={group['weight_decay']!r} to the "
                     "gradient; AlphaSGD's decay is decoupled and with momentum weaker: set group['weight_decay']",

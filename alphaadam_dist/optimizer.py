@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
@@ -18,19 +19,19 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import disagreement, kernels, options
-from .counts import INITIAL_STATE, Statistics
+from . import disagreement, kernels, one_model, options
+from .counts import INITIAL_STATE
 from .gather import Gathered, Owned, gather, local, owned_pieces
 from .kernels.reference import squared_norms
 from .ownership import Layout, build_layout, statistics_device
+from .persistence import Persistent, Run
 from .shards import Shard, clean_name, fsdp1
 from .shards.select import shards_of
 
 
-class AlphaOptimizer(Optimizer):
+class AlphaOptimizer(Persistent):
     """A momentum optimizer that steps where momentum and gradient agree, and makes up for where they conflict.
 
     The result is the same however the model is sharded: build it after sharding and use it like torch's optimizers.
@@ -98,22 +99,19 @@ class AlphaOptimizer(Optimizer):
         verify_every: int = 0,
         **unknown: Any,
     ) -> None:
-        options.refuse_unknown(type(self).__name__, unknown, list(inspect.signature(type(self)).parameters)[1:])
-        if sharding not in ("auto", "replicated", "sharded"):
-            raise ValueError(f"sharding={sharding!r} is unknown: give 'auto', 'replicated' or 'sharded'")
-        options.check_fused(fused)
-        options.refuse_zero_redundancy(type(self).__name__)
+        kind = type(self).__name__
+        options.refuse_unknown(kind, unknown, list(inspect.signature(type(self)).parameters)[1:], self.fixed)
+        one_model.refuse_zero_redundancy(kind)
         defaults = {
             **hyperparameters, "gamma": gamma, "alpha_max": alpha_max, "threshold": threshold,
             "alpha_warmup": alpha_warmup, "scope": scope, "sync": sync, "clip_norm": clip_norm, "maximize": maximize,
             "capturable": capturable, "fused": fused, "verify_every": verify_every,
             "alphaadam_state": INITIAL_STATE, "foreach": None, "differentiable": False, **self.fixed,
         }  # fmt: skip
+        self.sharding = options.check_option("sharding", sharding)
         self._check_group(defaults)
-        options.check_shared(defaults)
-        self.sharding = sharding
-        self.process_group = process_group
-        self._start()
+        options.check_together(defaults)
+        self._run = Run(weakref.ref(self), process_group)
         super().__init__(params, defaults)
 
     def __init_subclass__(cls) -> None:
@@ -129,46 +127,28 @@ class AlphaOptimizer(Optimizer):
     def check_hyperparameters(cls, group: Mapping[str, Any]) -> None:
         """Check what a parameter group has of its own beside lr and weight_decay. Raises ValueError."""
 
-    def _start(self) -> None:
-        """Attributes that no checkpoint carries."""
-        self._statistics: Statistics | None = None
-        self._published: list[float] | None = None  # the list that is in param_groups while nobody replaced it
-        self._layout: Layout | None = None
-        self._counted = False  # in the open step
-        self._fixed_layout = False
-        self._driven = False
-
-    # ---- parameter groups and checkpoints -------------------------------------------------------------------------
+    # ---- parameter groups -------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Raises ValueError, and adds nothing, where it contradicts an option of the whole optimizer."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group, kind = self.param_groups[-1], type(self).__name__
         try:
+            options.refuse_unserved(kind, group, self.fixed)
             self._check_group(group)
             self._check_shared(group, f"parameter group {len(self.param_groups) - 1}")
-            for param in group["params"]:
-                if param.is_complex() or not param.is_floating_point():
-                    raise ValueError(
-                        f"a parameter has dtype {param.dtype}: {type(self).__name__} takes real floating point"
-                    )
-                if group["capturable"] and param.device.type not in options.CAPTURABLE:
-                    raise ValueError(
-                        f"capturable=True with a parameter on {param.device}: it takes parameters on a GPU. Move the "
-                        "model there before building the optimizer, or leave capturable=False"
-                    )
+            options.check_parameters(kind, group["params"], capturable=group["capturable"])
             for name, param in self._named_parameters(len(self.param_groups) - 1):
                 self._shards_of(name, param)  # for its errors
-        except ValueError:
+            self._warn_of_misspelt_keys(group)
+        except Exception:
             self.param_groups.pop()
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Check a parameter group's own hyperparameters, and make betas a tuple: a JSON has lists."""
-        options.check_group(type(self).__name__, group, self.fixed)
+        """Check all values of a parameter group, and make numbers of other libraries Python's own."""
+        options.check_group(type(self).__name__, group, self.hyperparameters)
         self.check_hyperparameters(group)
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
 
     def _check_shared(self, group: Mapping[str, Any], where: str) -> None:
         for name in (*options.SHARED, "fused"):
@@ -178,72 +158,16 @@ class AlphaOptimizer(Optimizer):
                     f"{name} holds for all groups, so give it to {type(self).__name__}(...) and leave it out of groups"
                 )
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._publish()
-        return {**super().__getstate__(), "sharding": self.sharding, "process_group": self.process_group}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded state, torch's too. What the constructor was told wins over what a checkpoint says."""
-        super().__setstate__(state)
-        if "defaults" in state:  # unpickled or copied, not loaded
-            self._start()
-        for group in self.param_groups:
-            for name in options.SHARED:
-                if name in group and group[name] != self.defaults[name]:
-                    warnings.warn(
-                        f"the checkpoint was written with {name}={group[name]!r}; going on with "
-                        f"{name}={self.defaults[name]!r} as given to {type(self).__name__}(...)",
-                        stacklevel=3,
-                    )
-                group[name] = self.defaults[name]
-            group["fused"] = self.defaults["fused"]
-            if "betas" in group:
-                group["betas"] = tuple(group["betas"])
-            for name, value in self.defaults.items():
-                # a list of its own: _adopt sees by identity that somebody else put it there
-                group.setdefault(name, list(value) if name == "alphaadam_state" else value)
-            for param in group["params"]:
-                held = self.state.get(param)
-                if held and "step" in held:
-                    device = param.device if self.defaults["capturable"] else "cpu"
-                    # a copy: a checkpoint may make parameters share one, which capturable counts up in place
-                    held["step"] = torch.as_tensor(held["step"], dtype=torch.float32, device=device).clone()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer's or of torch's counterpart. Raises ValueError where it does not fit."""
-        self.check_saved(state_dict)
-        super().load_state_dict(state_dict)
-
-    def check_saved(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError where a saved state is not one of this optimizer's with equally many parameter groups."""
-        options.check_saved(type(self).__name__, state_dict, len(self.param_groups), self.fixed, self.moments)
-        for group in state_dict["param_groups"]:
-            self.check_hyperparameters({**self.defaults, **group})
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises."""
-        self._publish()
-        return super().state_dict()
-
-    def _adopt(self) -> Statistics:
-        """The statistics, after taking over an alphaadam_state that somebody put into the parameter groups."""
-        if self._statistics is None:
-            names = ("gamma", "alpha_max", "alpha_warmup", "scope", "sync", "clip_norm")
-            self._statistics = Statistics(**{name: self.defaults[name] for name in names})
-        held = self.param_groups[0].get("alphaadam_state", INITIAL_STATE)
-        if held is not self._published:
-            self._statistics.load(held)
-            self._put(held)
-        return self._statistics
-
-    def _publish(self) -> None:
-        """Write the statistics of the device into every parameter group."""
-        self._put(self._adopt().state())
-
-    def _put(self, state: list[float]) -> None:
-        self._published = state
-        for group in self.param_groups:
-            group["alphaadam_state"] = state
+    def _warn_of_misspelt_keys(self, group: Mapping[str, Any]) -> None:
+        known = {*self.defaults, *options.UNCHANGING, "params", "param_names"} | self._run.warned
+        names = (*self.hyperparameters, *options.SHARED, "fused")
+        for key, name in options.misspelt_keys(group, names, known).items():
+            self._run.warned.add(key)
+            warnings.warn(
+                f"{key}={group[key]!r} in a parameter group is no option of {type(self).__name__} and changes nothing: "
+                f"did you mean {name!r}?",
+                stacklevel=3,
+            )
 
     # ---- what a user reads ----------------------------------------------------------------------------------------
 
@@ -272,7 +196,7 @@ class AlphaOptimizer(Optimizer):
         return {"agree": int(agree), "conflict": int(conflict), "evidence_fraction": self._share(agree + conflict)}
 
     def _share(self, evidence: float) -> float:
-        return evidence / self._layout.numel if self._layout is not None and self._layout.numel else 0.0
+        return evidence / self._run.layout.numel if self._run.layout is not None and self._run.layout.numel else 0.0
 
     def metrics(self) -> dict[str, float]:
         """The last step in numbers to log. Synchronises.
@@ -298,9 +222,10 @@ class AlphaOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._driven:
+        if self._run.driven:
             self._step_part()
             return loss
+        self._refuse_part_of_model()
         layout = self._current_layout()
         self.open_step(layout)
         held = [gather(group["params"], layout.slots, self.moments, self._state) for group in self.param_groups]
@@ -316,18 +241,29 @@ class AlphaOptimizer(Optimizer):
         self.close_step()
         return loss
 
+    def _refuse_part_of_model(self) -> None:
+        """Raise ValueError where this optimizer should know the whole model and knows only a part of it."""
+        kind, option = type(self).__name__, one_model.of_the_whole(self.defaults)
+        if option is None or self._run.fixed_layout:
+            return
+        one_model.refuse_in_backward(kind, option)
+        if sum(len(group["params"]) for group in self.param_groups) == 1:
+            ((name, param),) = self._named_parameters()
+            if len(fsdp1.keys(param, name)) == 1:  # a FlatParameter is many
+                one_model.refuse_one_per_parameter(kind, option, name, param)
+
     def use_layout(self, layout: Layout, *, driven: bool) -> None:
         """Take the layout from outside. ``driven``: the caller opens, counts and closes each step, ``step`` updates."""
-        self._layout = layout
-        self._fixed_layout = True
-        self._driven = driven
+        self._run.layout = layout
+        self._run.fixed_layout = True
+        self._run.driven = driven
 
     def open_step(self, layout: Layout) -> None:
         """A step of the whole model begins. Whatever an unfinished one counted is forgotten."""
         for i, group in enumerate(self.param_groups):
             self._check_shared(group, f"parameter group {i}")
-        self._layout = layout
-        self._counted = False
+        self._run.layout = layout
+        self._run.counted = False
         statistics = self._adopt()
         statistics.open(layout)
         every = self.defaults["verify_every"]
@@ -347,7 +283,7 @@ class AlphaOptimizer(Optimizer):
                 the flattened local tensor. Scaled by any positive factor if the threshold is 0.
             scale: multiplies the gradients into true ones where the threshold needs that.
         """
-        layout = self._layout
+        layout = self._run.layout
         assert layout is not None
         owned: list[Owned] = []
         for param, pieces in gradients:
@@ -357,7 +293,7 @@ class AlphaOptimizer(Optimizer):
 
     def _count(self, owned: Sequence[Owned], scale: Tensor | float | None) -> None:
         """The first two acts, on all that this rank counts."""
-        statistics = self._statistics
+        statistics = self._run.statistics
         assert statistics is not None
         threshold = self.defaults["threshold"]
         clip = self.defaults["clip_norm"] is not None
@@ -378,21 +314,21 @@ class AlphaOptimizer(Optimizer):
             statistics.add_norms(slots, norms)
         statistics.add(slots, counts)
         statistics.reduce()
-        self._counted = True
+        self._run.counted = True
 
     def _step_part(self) -> None:
         """Update the part of the model that DeepSpeed has put into the groups."""
-        if self._layout is None or not (self.defaults["sync"] == "delayed" or self._counted):
+        if self._run.layout is None or not (self.defaults["sync"] == "delayed" or self._run.counted):
             raise RuntimeError(
                 "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
                 "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
             )
-        slots = self._layout.slots
+        slots = self._run.layout.slots
         self._update([gather(group["params"], slots, self.moments, self._state) for group in self.param_groups])
 
     def _update(self, held: Sequence[Gathered]) -> None:
         """The third act, on what is held of each parameter group."""
-        statistics = self._statistics
+        statistics = self._run.statistics
         assert statistics is not None
         delayed = self.defaults["sync"] == "delayed"
         scale = self._directed(statistics.clip_coefficient())
@@ -407,7 +343,7 @@ class AlphaOptimizer(Optimizer):
                 scale=scale,
                 counting=delayed,
                 steps=part.advance_steps(self.defaults["capturable"]) if self.counts_steps else None,
-                hyperparameters={name: group[name] for name in self.hyperparameters},
+                hyperparameters={name: options.plain(name, group[name]) for name in self.hyperparameters},
             )
             if counts is not None:
                 statistics.add(part.slots, counts)
@@ -419,15 +355,15 @@ class AlphaOptimizer(Optimizer):
         return -1.0 if scale is None else -scale
 
     def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
-        assert self._layout is not None
+        assert self._run.layout is not None
         device = tensors[0].device if tensors else torch.device("cpu")
         fused = True if self.defaults["capturable"] else self.defaults["fused"]
-        return kernels.choose(fused, device, self._layout.numel)
+        return kernels.choose(fused, device, self._run.layout.numel)
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state, created as torch's optimizers create it where there is none."""
         state = self.state[param]
-        if len(state) == 0:  # DeepSpeed leaves empty dicts behind
+        if self.moments[0] not in state:  # DeepSpeed leaves empty dicts behind, trainers keys of their own
             if self.counts_steps:
                 device = param.device if self.defaults["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -440,8 +376,8 @@ class AlphaOptimizer(Optimizer):
     def _current_layout(self) -> Layout:
         """The layout, built anew (collective) when the parameters are not those it was built for."""
         params = [param for group in self.param_groups for param in group["params"]]
-        layout = self._layout
-        if layout is not None and self._fixed_layout:
+        layout = self._run.layout
+        if layout is not None and self._run.fixed_layout:
             return layout
         same = layout is not None and len(layout.params) == len(params)
         if layout is not None and same and all(a is b for a, b in zip(layout.params, params, strict=True)):

@@ -4,21 +4,48 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
-from collections.abc import Iterable, Mapping
+import numbers
+from collections.abc import Iterable, Mapping, Set
+from decimal import Decimal
 from typing import Any, TypedDict
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 CAPTURABLE = ("cuda",)
 """Devices whose steps a graph can hold."""
 
+NUMBERS: Mapping[str, tuple[str, float, float]] = {
+    "gamma": ("it must be between 0 (hold conflicting coordinates) and 1 (no masks)", 0, 1),
+    "alpha_max": ("it must be 1 or more", 1, math.inf),
+    "threshold": ("it must be 0 or more (0 compares signs)", 0, math.inf),
+    "alpha_warmup": ("it must be 0 (none) or a number of steps", 0, math.inf),
+    "clip_norm": ("it must be more than 0, or None for no clipping", math.ulp(0.0), math.inf),
+}
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "scope": ("global", "layer"),
+    "sync": ("exact", "delayed"),
+    "sharding": ("auto", "replicated", "sharded"),
+}
+
 SHARED = (
     "gamma", "alpha_max", "threshold", "alpha_warmup", "scope", "sync", "clip_norm", "maximize", "capturable",
     "verify_every",
 )  # fmt: skip
 """Options of the whole optimizer: equal in every parameter group, and the constructor's win over a checkpoint's."""
+
+UNCHANGING: Mapping[str, tuple[Any, ...]] = {
+    "foreach": (None, False),
+    "_foreach": (None, False),
+    "differentiable": (False,),
+    "amsgrad": (False,),
+}
+"""Options that torch's optimizers have and these don't, with the values that change nothing, as a copied config may."""
+
+OTHER_NAMES: Mapping[str, str] = {
+    "learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas",
+}  # fmt: skip
 
 
 class Options(TypedDict, total=False):
@@ -39,40 +66,70 @@ class Options(TypedDict, total=False):
     verify_every: int
 
 
-def refuse_unknown(kind: str, unknown: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise TypeError for the first unknown option of an optimizer class, with the nearest known one."""
+def refuse_unknown(kind: str, given: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first unknown option of an optimizer class that could change something."""
     names = sorted(known)
-    for name, value in unknown.items():
+    for name, value in given.items():
+        if _changes_nothing(name, value, fixed):
+            continue
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "remove it."
         raise TypeError(f"{kind} has no option {name!r} (={value!r}): {hint} Options: {', '.join(names)}")
 
 
-def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, *, below: bool = False) -> None:
+def _changes_nothing(name: str, value: Any, fixed: Mapping[str, Any]) -> bool:
+    value = plain(name, value)
+    served = (fixed[name],) if name in fixed else UNCHANGING.get(name, ())
+    return any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in served)
+
+
+def plain(name: str, value: Any) -> Any:
+    """A number of numpy, torch, fractions or decimal as Python's own; betas as a tuple; anything else as it is.
+
+    A learning rate that is a tensor stays one. Raises ValueError where a number is too large for a float.
+    """
+    if type(value) is float or (name == "lr" and isinstance(value, Tensor)):
+        return value
+    if hasattr(value, "dtype") and hasattr(value, "item") and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is a number too large for a float: give a smaller one") from None
+        return int(value) if isinstance(value, numbers.Integral) else number
+    if name == "betas" and not isinstance(value, (str, bytes, Mapping, Set)):
+        try:
+            return tuple(plain(f"betas[{i}]", beta) for i, beta in enumerate(value))
+        except TypeError:  # nothing to go through: check_betas says so
+            return value
+    return value
+
+
+def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, *, below: bool = False) -> Any:
+    """The number as Python's own, but a tensor for lr as it is. Raises ValueError where it is none or out of range."""
+    value = number = plain(name, value)
     if isinstance(value, Tensor) and name == "lr":
         if value.numel() != 1:
             raise ValueError(f"lr is a tensor of shape {tuple(value.shape)}: give it one element")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"lr is a tensor of dtype {value.dtype}: give it a real number, {rule}")
         if value.device.type != "cpu":
-            return  # reading it would synchronise
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}: give a number, {rule}")
-    if not (low <= value < high if below else low <= value <= high) or (math.isinf(value) and name != "alpha_max"):
-        raise ValueError(f"{name}={value!r} is out of range: {rule}")
+            return value  # reading it would synchronise
+        number = float(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise ValueError(f"{name}={number!r} is a {type(number).__name__}: give a number, {rule}")
+    if not (low <= number < high if below else low <= number <= high) or (math.isinf(number) and name != "alpha_max"):
+        raise ValueError(f"{name}={number!r} is out of range: {rule}")
+    return value
 
 
-def check_group(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Check what each parameter group of an optimizer class ``kind`` has of its own. Raises ValueError."""
-    check_number("lr", group["lr"], "it must be 0 or more", 0)
-    check_number("weight_decay", group["weight_decay"], "it must be 0 or more", 0)
-    for name, value in {"differentiable": False, **fixed}.items():
-        if group.get(name, value) != value:
-            raise ValueError(f"{name}={group[name]!r}: {kind} has no such option, remove it")
-    for name in ("sharding", "process_group"):
-        if name in group:
-            raise ValueError(
-                f"{name}={group[name]!r} in a parameter group: it holds for all groups, so give it to {kind}(...)"
-            )
+def check_flag(name: str, value: Any) -> bool:
+    """The bool, numpy's too, as Python's own. Raises ValueError for anything else: any text would be true."""
+    flag = plain(name, value)
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name}={value!r}: give True or False")
+    return flag
 
 
 def check_betas(betas: Any) -> None:
@@ -83,24 +140,29 @@ def check_betas(betas: Any) -> None:
         check_number(f"betas[{i}]", beta, "it must be at least 0 and less than 1", 0, 1, below=True)
 
 
-def check_shared(options: Mapping[str, Any]) -> None:
-    """Check the options of the whole optimizer, each by itself and against the others. Raises ValueError."""
-    check_number(
-        "gamma", options["gamma"], "it must be between 0 (hold conflicting coordinates) and 1 (no masks)", 0, 1
-    )
-    check_number("alpha_max", options["alpha_max"], "it must be 1 or more", 1)
-    check_number("threshold", options["threshold"], "it must be 0 or more (0 compares signs)", 0)
-    check_number("alpha_warmup", options["alpha_warmup"], "it must be 0 (none) or a number of steps", 0)
-    every = options["verify_every"]
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-        raise ValueError(f"verify_every={every!r}: give a whole number of steps, or 0 for never")
-    for name, choices in (("scope", ("global", "layer")), ("sync", ("exact", "delayed"))):
-        if options[name] not in choices:
-            raise ValueError(f"{name}={options[name]!r} is unknown: give {choices[0]!r} or {choices[1]!r}")
-    if options["clip_norm"] is not None:
-        check_number(
-            "clip_norm", options["clip_norm"], "it must be more than 0, or None for no clipping", math.ulp(0.0)
-        )
+def check_option(name: str, value: Any) -> Any:
+    """One option of the whole optimizer by itself, its numbers as Python's own. Raises ValueError."""
+    if value is None and name in ("clip_norm", "fused"):
+        return None
+    if name in NUMBERS:
+        return check_number(name, value, *NUMBERS[name])
+    if name in CHOICES:
+        *others, last = map(repr, CHOICES[name])
+        if not isinstance(value, str) or value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is unknown: give {', '.join(others)} or {last}")
+        return str(value)
+    if name == "verify_every":
+        every = plain(name, value)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise ValueError(f"verify_every={value!r}: give a whole number of steps, or 0 for never")
+        return every
+    if name == "fused" and not isinstance(plain(name, value), bool):
+        raise ValueError(f"fused={value!r}: give None (the fast kernels where they pay), True or False")
+    return check_flag(name, value)
+
+
+def check_together(options: Mapping[str, Any]) -> None:
+    """Check the options of the whole optimizer against each other. Raises ValueError."""
     if options["sync"] == "delayed" and options["scope"] == "layer":
         raise ValueError(
             "sync='delayed' with scope='layer' is not defined: counts of one step ago say little about one layer. "
@@ -111,8 +173,6 @@ def check_shared(options: Mapping[str, Any]) -> None:
             f"sync='delayed' with clip_norm={options['clip_norm']!r}: clipping needs this step's norm before the "
             "update, which is the all-reduce that delayed avoids. Use sync='exact', or clip before step()"
         )
-    if not isinstance(options["capturable"], bool):
-        raise ValueError(f"capturable={options['capturable']!r}: give True or False")
     if options["capturable"] and options["sync"] == "delayed":
         raise ValueError(
             "capturable=True with sync='delayed': a CUDA graph cannot await the all-reduce of the step before. Use "
@@ -127,52 +187,60 @@ def check_shared(options: Mapping[str, Any]) -> None:
         raise ValueError("capturable=True with fused=False: only the fast kernels can be captured, leave fused=None")
 
 
-def check_saved(
-    kind: str, state_dict: Mapping[str, Any], here: int, fixed: Mapping[str, Any], moments: Iterable[str]
-) -> None:
-    """Raise ValueError where an optimizer of ``here`` parameter groups cannot go on with a saved state.
+def check_group(kind: str, group: dict[str, Any], hyperparameters: Iterable[str]) -> None:
+    """Check every value of a parameter group of an optimizer class ``kind`` that any class of the family knows.
 
-    In a universal checkpoint of DeepSpeed the state is elsewhere, and there is nothing of it to check.
+    Mutates ``group``: its numbers become Python's own. What the class alone knows of its ``hyperparameters`` is left to
+    it. Raises ValueError.
     """
-    saved = len(state_dict["param_groups"])
-    if saved != here:
-        raise ValueError(
-            f"the checkpoint has {saved} parameter groups, this optimizer has {here}: the groups must be those it was "
-            "saved with (in a DeepSpeed config, adding or removing no_decay changes them)"
-        )
-    for group in state_dict["param_groups"]:
-        for name, value in fixed.items():
-            if group.get(name, value) != value:
-                raise ValueError(
-                    f"the checkpoint has {name}={group[name]!r}, which {kind} does not have: load it into the "
-                    "optimizer that wrote it"
-                )
-    for state in state_dict.get("state", {}).values():
-        names = set(state) - {"step"}
-        if names and names != set(moments):
+    for name in hyperparameters:
+        group[name] = plain(name, group[name])
+    for name in ("lr", "weight_decay"):
+        group[name] = check_number(name, group[name], "it must be 0 or more", 0)
+    for name in (*SHARED, "fused"):
+        if name in group:
+            group[name] = check_option(name, group[name])
+    for name in ("sharding", "process_group"):
+        if name in group:
             raise ValueError(
-                f"the checkpoint has {', '.join(sorted(names))} of a parameter, where {kind} keeps "
-                f"{', '.join(moments)}: it was written by another optimizer. Load it there, or begin without its state"
+                f"{name}={group[name]!r} in a parameter group: it holds for all groups, so give it to {kind}(...)"
             )
 
 
-def check_fused(fused: Any) -> None:
-    """Raises ValueError where it is neither None nor True or False."""
-    if fused is not None and not isinstance(fused, bool):
-        raise ValueError(f"fused={fused!r}: give None (the fast kernels where they pay), True or False")
+def refuse_unserved(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise ValueError where a group asks for what torch's optimizers have and an optimizer class ``kind`` has not."""
+    for name in (*UNCHANGING, *fixed):
+        if name in group and not _changes_nothing(name, group[name], fixed):
+            raise ValueError(f"{name}={group[name]!r}: {kind} has no such option, remove it")
 
 
-def refuse_zero_redundancy(kind: str) -> None:
-    """Raise ValueError where torch's ZeroRedundancyOptimizer is building the optimizer that calls this.
-
-    It gives each rank an optimizer over some of the parameters and says nothing of the others.
-    """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+def check_parameters(kind: str, params: Iterable[Tensor], *, capturable: bool) -> None:
+    """Raise ValueError for the first parameter that cannot be stepped."""
+    for param in params:
+        if param.is_complex() or not param.is_floating_point():
+            raise ValueError(f"a parameter has dtype {param.dtype}: {kind} takes real floating point")
+        if capturable and param.device.type not in CAPTURABLE:
             raise ValueError(
-                f"ZeroRedundancyOptimizer(optimizer_class={kind}) is not served: each rank would get an alpha of its "
-                "own, from its own parameters. Use torch.distributed.fsdp.fully_shard(model, "
-                "reshard_after_forward=False), or DeepSpeed's ZeRO stage 1, which shard the state too"
+                f"capturable=True with a parameter on {param.device}: it takes parameters on a GPU. Move the "
+                "model there before building the optimizer, or leave capturable=False"
             )
+
+
+def misspelt_keys(group: Mapping[str, Any], names: Iterable[str], known: Set[str]) -> dict[str, str]:
+    """The keys of a parameter group that nobody reads and that look like an option: key -> the option's name.
+
+    Schedulers and trainers keep keys of their own in groups (initial_lr, base_momentum, name, lr_scale). A key that
+    has an option's name in it is one of those: nobody misspells a word by writing it right.
+    """
+    names = list(names)
+    found = {}
+    for key in group:
+        if key in known:
+            continue
+        word = str(key).strip().lower().replace("-", "_")
+        near = [word] if word in names else difflib.get_close_matches(word, names, n=1, cutoff=0.8)
+        if word in OTHER_NAMES and OTHER_NAMES[word] in names:
+            found[str(key)] = OTHER_NAMES[word]
+        elif near and (near[0] not in word or word in names):
+            found[str(key)] = near[0]
+    return found

@@ -75,6 +75,11 @@ def marked(param: Tensor) -> bool:
     return any(getattr(param, mark, False) for mark in MARKS.values())
 
 
+def marks_of(param: Tensor) -> dict[str, Any]:
+    """The attributes by which this module knows a parameter. Deep copies lose them, a FlatParameter's pickle too."""
+    return {name: vars(param)[name] for name in (*MARKS.values(), *FLAT_NAMES) if name in vars(param)}
+
+
 def shards(param: Tensor, key: str, rank: int | None) -> list[Shard]:
     """What this rank's slice holds: one shard of an original parameter, or one of each in a FlatParameter.
 

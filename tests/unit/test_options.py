@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import warnings
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 
-from .problems import step_with
+from .problems import gradients, parameters_of, same_bits, step_with
 
 
 def params() -> list[nn.Parameter]:
@@ -49,9 +54,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     *[({"clip_norm": v}, f"clip_norm={v!r}", "more than 0") for v in (0, 0.0, -1.0, NAN, INF, "1")],
     ({"sync": "delayed", "scope": "layer"}, "sync='delayed' with scope='layer'", "scope='global'"),
     ({"sync": "delayed", "clip_norm": 1.0}, "sync='delayed' with clip_norm=1.0", "sync='exact'"),
-    ({"fused": "yes"}, "fused='yes'", "None"),
+    *[({"fused": v}, f"fused={v!r}", "None") for v in ("yes", "false", 0, 1, "auto")],
+    *[({"maximize": v}, f"maximize={v!r}", "True or False") for v in ("false", "auto", "", 0, 1, None, [0], 1.0)],
+    *[({"capturable": v}, f"capturable={v!r}", "True or False") for v in ("false", 0, None)],
+    *[({"verify_every": v}, f"verify_every={v!r}", "whole number") for v in ("5", 5.0, True, -1, None)],
     ({"capturable": True}, "capturable=True", "a GPU"),
-    ({"capturable": 1}, "capturable=1", "True or False"),
     ({"capturable": True, "sync": "delayed"}, "capturable=True", "sync='exact'"),
     ({"capturable": True, "fused": False}, "fused=False", "fused=None"),
     ({"capturable": True, "verify_every": 5}, "verify_every=5", "verify_every=0"),
@@ -178,3 +185,229 @@ def test_sharded_without_a_process_group_is_refused_at_construction_with_the_way
     assert not torch.distributed.is_initialized()
     with pytest.raises(ValueError, match=r"sharding='sharded'.*init_process_group"):
         AlphaAdam(params(), sharding="sharded")
+
+
+# ---- numbers of other libraries
+
+NUMBERS = ("lr", "eps", "weight_decay", "gamma", "alpha_max", "threshold", "alpha_warmup", "clip_norm")
+
+
+class ListConfig(Sequence[float]):
+    """A sequence that is neither a list nor a tuple, as the one of OmegaConf."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.values)
+
+
+def is_plain(value: Any) -> bool:
+    return type(value) in (bool, int, float, str, type(None)) or (type(value) is tuple and all(map(is_plain, value)))
+
+
+def taken(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The one group, after checking that its values are Python's own and that a file of it needs no trust."""
+    step_with(optimizer, [torch.ones(2, 2), torch.ones(3)])
+    group = optimizer.param_groups[0]
+    statistics = ("params", "alphaadam_state")
+    assert {name: value for name, value in group.items() if name not in statistics and not is_plain(value)} == {}
+    assert all(name in statistics or is_plain(value) for name, value in optimizer.defaults.items())
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    torch.load(file, weights_only=True)
+    return group
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float16(1), np.float32(1), np.float64(1), np.longdouble(1), np.int8(1), np.uint64(1), np.array(1.0),
+        np.array([1]), torch.tensor(1.0), torch.tensor(1, dtype=torch.int32), torch.tensor([1.0], dtype=torch.bfloat16),
+        Fraction(2, 2), Decimal("1.0"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_number_of_any_library_is_that_number(name: str, value: Any) -> None:
+    if name == "lr" and isinstance(value, torch.Tensor):  # stays the tensor that a scheduler fills
+        assert AlphaAdam(params(), lr=value).param_groups[0]["lr"] is value
+        return
+    group = taken(AlphaAdam(params(), **{name: value}))
+    assert group[name] == 1
+    first, second = params()
+    optimizer = AlphaAdam([first], **{name: 1})
+    optimizer.add_param_group({"params": [second], name: value})
+    assert optimizer.param_groups[1][name] == 1
+    assert is_plain(optimizer.param_groups[1][name])
+
+
+def test_numbers_keep_their_value() -> None:
+    third = np.float32(1) / np.float32(3)
+    group = taken(AlphaAdam(params(), lr=third, eps=Fraction(1, 3), weight_decay=Decimal("0.1")))
+    assert (group["lr"], group["eps"], group["weight_decay"]) == (float(third), 1 / 3, 0.1)
+
+
+@pytest.mark.parametrize(
+    "betas",
+    [
+        [0.5, 0.75], np.array([0.5, 0.75]), np.array([0.5, 0.75], dtype=np.float16), torch.tensor([0.5, 0.75]),
+        ListConfig(0.5, 0.75), (np.float32(0.5), Decimal("0.75")), [torch.tensor(0.5), torch.tensor([0.75])],
+    ],
+    ids=lambda betas: type(betas).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [AlphaAdam, AlphaLion])
+def test_betas_are_any_two_numbers_in_a_row(kind: Any, betas: Any) -> None:
+    assert taken(kind(params(), betas=betas))["betas"] == (0.5, 0.75)
+
+
+@pytest.mark.parametrize("betas", ["ab", b"ab", {0.5, 0.75}, {0.5: 1, 0.75: 2}, ListConfig(0.5), np.ones((2, 2)), 1j])
+def test_what_is_no_row_of_two_numbers(betas: Any) -> None:
+    with pytest.raises(ValueError, match=r"betas.*number"):
+        AlphaAdam(params(), betas=betas)
+
+
+@pytest.mark.parametrize(
+    "value", [1j, np.complex64(0.5), np.bool_(True), torch.tensor(True), torch.tensor(1j), "1", b"1"]
+)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_real_number(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}(=.*| is a tensor.*): give .*number"):
+        AlphaAdam(params(), **{name: value})
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000, Fraction(10**400), 2**1024], ids=range(5))
+@pytest.mark.parametrize("name", [*NUMBERS, "verify_every", "betas", "maximize", "fused", "momentum"])
+def test_a_number_too_large_for_a_float_is_named_by_option(name: str, value: Any) -> None:
+    kind: Any = AlphaSGD if name == "momentum" else AlphaAdam
+    where = r"betas\[1\]" if name == "betas" else name
+    with pytest.raises(ValueError, match=rf"^{where} is a number too large for a float"):
+        kind(params(), **{name: (0.9, value) if name == "betas" else value})
+
+
+@pytest.mark.parametrize("value", [np.True_, np.False_])
+def test_numpys_bools_are_bools(value: Any) -> None:
+    assert taken(AlphaAdam(params(), maximize=value, fused=value))["maximize"] is bool(value)
+    assert taken(AlphaSGD(params(), nesterov=value))["nesterov"] is bool(value)
+
+
+def test_what_a_scheduler_writes_is_the_number_too() -> None:
+    """numpy's float32 would drag the step's arithmetic down to its precision, and a checkpoint's with it."""
+    rate, decay = np.float32(1e-3), np.float32(0.3)
+    theirs, ours = AlphaAdam(params(), lr=float(rate), weight_decay=float(decay)), AlphaAdam(params())
+    ours.param_groups[0].update(lr=rate, weight_decay=decay, betas=[np.float64(0.9), 0.999])
+    for grads in gradients(4, shapes=[(2, 2), (3,)]):
+        step_with(ours, grads)
+        step_with(theirs, grads)
+    assert all(same_bits(p, q) for p, q in zip(parameters_of(ours), parameters_of(theirs), strict=True))
+    assert all(is_plain(ours.state_dict()["param_groups"][0][name]) for name in ("lr", "weight_decay", "betas"))
+    assert ours.param_groups[0]["lr"] is rate  # looking changes nothing
+
+
+# ---- options that change nothing
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AlphaAdam, {"foreach": None, "differentiable": False, "amsgrad": False, "decoupled_weight_decay": True}),
+        (AlphaAdam, {"_foreach": False, "foreach": False, "amsgrad": np.False_}),
+        (AlphaLion, {"amsgrad": False, "foreach": False}),
+        (AlphaSGD, {"dampening": 0, "foreach": False}),
+        (AlphaSGD, {"dampening": 0.0}),
+    ],
+)
+def test_options_of_torch_that_change_nothing_are_let_through(kind: Any, options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied, bare = kind(params(), **options), kind(params())
+        first, second = params()
+        kind([{"params": [first], **options}, {"params": [second]}])
+    assert copied.defaults == bare.defaults
+    for name in ("foreach", "amsgrad", "dampening"):
+        assert copied.param_groups[0].get(name) == bare.param_groups[0].get(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *[(AlphaAdam, "amsgrad", v) for v in (True, "false", None)],
+        *[(AlphaAdam, "foreach", v) for v in (True, "auto")],
+        (AlphaAdam, "differentiable", True),
+        (AlphaAdam, "decoupled_weight_decay", False),
+        *[(AlphaSGD, "dampening", v) for v in (0.1, False, None)],
+        (AlphaLion, "decoupled_weight_decay", True),  # of AdamW alone
+    ],
+)
+def test_options_of_torch_that_would_change_something_are_refused_by_name(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no option '{name}' \(={value!r}\)"):
+        kind(params(), **{name: value})
+    if name in kind.fixed or name != "decoupled_weight_decay":
+        with pytest.raises(ValueError, match=rf"{name}={value!r}: {kind.__name__} has no such option, remove it"):
+            kind([{"params": params(), name: value}])
+
+
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_fused_in_a_group_may_repeat_the_optimizers(fused: bool | None) -> None:
+    first, second = params()
+    optimizer = AlphaAdam([{"params": [first], "fused": fused}, {"params": [second]}], fused=fused)
+    assert [group["fused"] for group in optimizer.param_groups] == [fused, fused]
+    with pytest.raises(ValueError, match=r"fused=.* contradicts fused="):
+        optimizer.add_param_group({"params": params(), "fused": not fused})
+    assert len(optimizer.param_groups) == 2
+
+
+# ---- keys of a group that nobody reads
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "name"),
+    [
+        (AlphaAdam, "weigth_decay", "weight_decay"), (AlphaAdam, "weightdecay", "weight_decay"),
+        (AlphaAdam, "Weight-Decay", "weight_decay"), (AlphaAdam, "wd", "weight_decay"), (AlphaAdam, "LR", "lr"),
+        (AlphaAdam, "learning_rate", "lr"), (AlphaAdam, "beta", "betas"), (AlphaAdam, "beta2", "betas"),
+        (AlphaAdam, "epsilon", "eps"), (AlphaAdam, "gama", "gamma"), (AlphaAdam, "maximise", "maximize"),
+        (AlphaSGD, "momentun", "momentum"), (AlphaSGD, "nestrov", "nesterov"), (AlphaLion, "treshold", "threshold"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_of_a_group_warns_once_with_the_nearest_option(kind: Any, key: str, name: str) -> None:
+    groups = [{"params": [param], key: 0.5} for param in params()]
+    with pytest.warns(UserWarning, match=rf"{key}=0\.5 .* no option of {kind.__name__}.*'{name}'\?") as said:
+        optimizer = kind(groups)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": params()[:1], key: 0.5})
+
+
+KEYS_OF_TOOLS = (
+    "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "lr_mult", "wd_mult", "base_momentum",
+    "max_momentum", "name", "layer", "layer_id", "group_name", "step", "bias_correction", "moe", "use_muon", "no_decay",
+    "weight_decay_mult", "no_weight_decay", "layer_decay", "tag", "rank", "scale",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [AlphaAdam, AlphaLion, AlphaSGD])
+def test_keys_that_tools_keep_in_groups_say_nothing(kind: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = kind([{"params": params(), **dict.fromkeys(KEYS_OF_TOOLS, 1.0)}])
+        kind([{"params": [("a", params()[0])], "param_names": ["a"]}])
+    assert {key: optimizer.param_groups[0][key] for key in KEYS_OF_TOOLS} == dict.fromkeys(KEYS_OF_TOOLS, 1.0)
+
+
+def test_a_group_that_is_refused_for_any_reason_is_not_added() -> None:
+    optimizer = AlphaAdam(params())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for key in ("weigth_decay", "lr", "process_group"):
+            with pytest.raises((UserWarning, ValueError)):
+                optimizer.add_param_group({"params": params(), key: "x"})
+    assert len(optimizer.param_groups) == 1

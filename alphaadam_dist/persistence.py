@@ -1,0 +1,213 @@
+"""The half of an optimizer that keeps: state dicts, checkpoints, copies, pickles, and what wrappers see of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from . import options, saved_state
+from .counts import INITIAL_STATE, Statistics
+from .ownership import Layout
+from .shards import fsdp1
+
+
+@dataclass
+class Run:
+    """What an optimizer makes on its way. No checkpoint carries it, and an optimizer has one from first to last.
+
+    Lightning, Fabric and others wrap an optimizer in an object of a subclass of its class, so properties and methods
+    run with the wrapper as ``self``. What they made as attributes would stay with the wrapper; all of it lies here.
+
+    Attributes:
+        owner: the optimizer itself, whatever object asks.
+        process_group: the option; ``group_left_out`` says that there was one which a pickle could not hold.
+        published: the list that is in param_groups while nobody has replaced it.
+        counted: in the open step.
+        warned: keys of parameter groups that were warned of.
+    """
+
+    owner: weakref.ref[Persistent]
+    process_group: dist.ProcessGroup | None = None
+    group_left_out: bool = False
+    statistics: Statistics | None = None
+    published: list[float] | None = None
+    layout: Layout | None = None
+    counted: bool = False
+    fixed_layout: bool = False
+    driven: bool = False
+    warned: set[str] = field(default_factory=set)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        """That of the owner's copy: a run of its own, for the wrapper's copy as well."""
+        run: Run = copy.deepcopy(self.owner(), memo)._run  # type: ignore[union-attr]
+        return run
+
+
+class Persistent(Optimizer):
+    """What AlphaOptimizer is to those who save, load, copy and wrap it. The class attributes are described there."""
+
+    moments: ClassVar[tuple[str, ...]]
+    counts_steps: ClassVar[bool]
+    hyperparameters: ClassVar[tuple[str, ...]]
+    fixed: ClassVar[Mapping[str, Any]]
+    sharding: str
+    _run: Run
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None: ...
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Over which the model is sharded, None for all ranks. Raises ValueError where a pickle left it out."""
+        if self._run.group_left_out:
+            raise ValueError(
+                f"this {type(self).__name__} had a process_group, which its pickle could not hold: set "
+                "optimizer.process_group to the group over which the model is sharded, or to None for all ranks"
+            )
+        return self._run.process_group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._run.process_group, self._run.group_left_out = group, False
+
+    # ---- state dicts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer's or of torch's counterpart.
+
+        Raises ValueError where it does not fit; then nothing has changed.
+        """
+        saved_state.check_kind(state_dict)
+        # the last of the hooks, which may make a state fit
+        check = self.register_load_state_dict_pre_hook(lambda _, state_dict: self._check_saved_parameters(state_dict))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            check.remove()
+
+    def check_saved(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError where a saved state is not one of this optimizer's with equally many parameter groups."""
+        kind = type(self).__name__
+        here = len(self.param_groups)
+        saved_state.check_groups(
+            kind, state_dict, here, self.defaults, self.fixed, self.hyperparameters, self._check_group
+        )
+        saved_state.check_names(kind, state_dict, self.moments)
+
+    def _check_saved_parameters(self, state_dict: Mapping[str, Any]) -> None:
+        self.check_saved(state_dict)
+        saved_state.check_states(
+            self.param_groups,
+            state_dict,
+            self.moments,
+            counts_steps=self.counts_steps,
+            swapped=self._run.driven,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises."""
+        self._publish()
+        state_dict = super().state_dict()
+        for group in state_dict.get("param_groups", ()):  # a scheduler may have written numpy's numbers into them
+            group.update((name, options.plain(name, group[name])) for name in self.hyperparameters)
+        return state_dict
+
+    def _adopt(self) -> Statistics:
+        """The statistics, after taking over an alphaadam_state that somebody put into the parameter groups."""
+        if self._run.statistics is None:
+            names = ("gamma", "alpha_max", "alpha_warmup", "scope", "sync", "clip_norm")
+            self._run.statistics = Statistics(**{name: self.defaults[name] for name in names})
+        held = self.param_groups[0].get("alphaadam_state", INITIAL_STATE)
+        if held is not self._run.published:
+            values = saved_state.statistics(held)
+            self._run.statistics.load(values)
+            self._put(values)
+        return self._run.statistics
+
+    def _publish(self) -> None:
+        """Write the statistics of the device into every parameter group."""
+        self._put(self._adopt().state())
+
+    def _put(self, state: list[float]) -> None:
+        self._run.published = state
+        for group in self.param_groups:
+            group["alphaadam_state"] = state
+
+    # ---- copies and pickles
+
+    def __copy__(self) -> Self:
+        """The same parameters and moments, the same process group, and groups and statistics of its own."""
+        if self._wraps():
+            return self._twin(vars(self))
+        kept = self.__getstate__()
+        groups = [dict(group) for group in kept["param_groups"]]
+        return self._twin({**kept, "param_groups": groups, "state": kept["state"].copy()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Parameters, moments and statistics of its own, and the same process group, which is the ranks'."""
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        return self._twin(copy.deepcopy(vars(self) if self._wraps() else self.__getstate__(), memo), twin)
+
+    def _wraps(self) -> bool:
+        """This is a wrapper that looks like an optimizer and holds one."""
+        return self._run.owner() not in (self, None)
+
+    def _twin(self, state: dict[str, Any], twin: Self | None = None) -> Self:
+        twin = type(self).__new__(type(self)) if twin is None else twin
+        if self._wraps():
+            twin.__dict__.update(state)
+        else:
+            twin.__setstate__({**state, "group_left_out": False})
+            twin._run.process_group, twin._run.group_left_out = self._run.process_group, self._run.group_left_out
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: all but the run and the process group."""
+        self._publish()
+        left_out = self._run.group_left_out or self._run.process_group is not None
+        marks = [fsdp1.marks_of(param) for group in self.param_groups for param in group["params"]]
+        return {**super().__getstate__(), "sharding": self.sharding, "group_left_out": left_out, "marks": marks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded state, torch's too. What the constructor was told wins over what a checkpoint says."""
+        if "defaults" in state:  # unpickled or copied, not loaded
+            self._unpickle(dict(state))
+        groups, states = state.get("param_groups", self.param_groups), state.get("state", self.state)
+        saved_state.take_over(type(self).__name__, groups, self.defaults, self.hyperparameters)
+        for param in (param for group in groups for param in group["params"]):
+            held = states.get(param)
+            if held and "step" in held:
+                device = param.device if self.defaults["capturable"] else "cpu"
+                # a copy: a checkpoint may make parameters share one, which capturable counts up in place
+                step = torch.as_tensor(held["step"], dtype=torch.float32, device=device)
+                held["step"] = step.detach().reshape(()).clone()
+        # nothing can fail any more; in place, for the wrappers that hold these containers
+        if groups is not self.param_groups:
+            self.param_groups[:] = groups
+        if states is not self.state:
+            self.state.clear()
+            self.state.update(states)
+
+    def _unpickle(self, state: dict[str, Any]) -> None:
+        left_out, marks = state.pop("group_left_out", False), state.pop("marks", ())
+        super().__setstate__(state)
+        for param, its_marks in zip((p for group in self.param_groups for p in group["params"]), marks, strict=False):
+            vars(param).update(its_marks)
+        self._run = Run(weakref.ref(self), group_left_out=left_out)
+        where = {"state": self.state, "param_groups": self.param_groups}
+        self._check_saved_parameters(where)
+        if left_out:
+            warnings.warn(
+                f"this {type(self).__name__} was pickled without its process_group, which is of the process that made "
+                "it: set optimizer.process_group before the next step",
+                stacklevel=3,
+            )
