@@ -88,17 +88,19 @@ def plain(name: str, value: Any) -> Any:
 
     A learning rate that is a tensor stays one. Raises ValueError where a number is too large for a float.
     """
-    if type(value) is float or (name == "lr" and isinstance(value, Tensor)):
+    if isinstance(value, (bool, str)) or type(value) is float or (name == "lr" and isinstance(value, Tensor)):
         return value
+    if type(value) is tuple and all(type(one) is float for one in value):
+        return value  # steps ask too, so what is usual is quick
     if hasattr(value, "dtype") and hasattr(value, "item") and math.prod(value.shape) == 1:
         value = value.item()
-    if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, bool):
+    if isinstance(value, (int, numbers.Real, Decimal)) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:
             raise ValueError(f"{name} is a number too large for a float: give a smaller one") from None
         return int(value) if isinstance(value, numbers.Integral) else number
-    if name == "betas" and not isinstance(value, (str, bytes, Mapping, Set)):
+    if name == "betas" and not isinstance(value, (bytes, Mapping, Set)):
         try:
             return tuple(plain(f"betas[{i}]", beta) for i, beta in enumerate(value))
         except TypeError:  # nothing to go through: check_betas says so
