@@ -98,10 +98,11 @@ class Persistent(Optimizer):
         """Raise ValueError where a saved state is not one of this optimizer's with equally many parameter groups."""
         kind = type(self).__name__
         here = len(self.param_groups)
+        saved_state.check_kind(state_dict)
+        saved_state.check_names(kind, state_dict, self.moments)
         saved_state.check_groups(
             kind, state_dict, here, self.defaults, self.fixed, self.hyperparameters, self._check_group
         )
-        saved_state.check_names(kind, state_dict, self.moments)
 
     def _check_saved_parameters(self, state_dict: Mapping[str, Any]) -> None:
         self.check_saved(state_dict)

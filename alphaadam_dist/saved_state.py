@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,11 +27,22 @@ OTHER_MOMENTS = frozenset(
 def check_kind(state_dict: Any) -> None:
     """Raise ValueError where this is not the state of any optimizer."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
-    if not isinstance(groups, Sequence) or not all(isinstance(group, Mapping) for group in groups):
+    if (
+        not isinstance(groups, Sequence)
+        or not all(isinstance(group, Mapping) for group in groups)
+        or not all(isinstance(index, Hashable) for group in groups for index in _ids(group))
+        or not isinstance(state_dict.get("state", {}), Mapping)
+    ):
         raise ValueError(
-            f"this {type(state_dict).__name__} is no state of an optimizer, which is a dict with 'state' and "
+            f"this {type(state_dict).__name__} is no state of an optimizer, which is a dict with 'state', a dict, and "
             "'param_groups', a list of dicts: give what state_dict() returned"
         )
+
+
+def _ids(group: Mapping[str, Any]) -> Sequence[Any]:
+    """What a saved group calls its parameters."""
+    ids = group.get("params")
+    return ids if isinstance(ids, Sequence) else ()
 
 
 def check_groups(
@@ -47,7 +58,6 @@ def check_groups(
 
     ``check_group`` is the constructor's check of a group; what a saved group lacks it gets from ``defaults``.
     """
-    check_kind(state_dict)
     groups = state_dict["param_groups"]
     if len(groups) != here:
         raise ValueError(
@@ -125,7 +135,7 @@ def check_names(kind: str, state_dict: Mapping[str, Any], moments: Sequence[str]
 
     In a universal checkpoint of DeepSpeed the state is elsewhere, and there is nothing of it to check.
     """
-    ids = {index for group in state_dict["param_groups"] for index in group.get("params", ())}
+    ids = {index for group in state_dict["param_groups"] for index in _ids(group)}
     for index, state in state_dict.get("state", {}).items():
         if index not in ids:
             continue  # what a trainer keeps for itself
@@ -156,10 +166,9 @@ def check_states(
         counts_steps: the state has ``step``.
         swapped: a tensor without elements may stand for one that DeepSpeed keeps elsewhere.
     """
-    state = state_dict.get("state")
-    if not isinstance(state, Mapping):
+    if "state" not in state_dict:
         raise ValueError("the checkpoint has no 'state' with the moments of the parameters: it is not whole")
-    for name, param, held in _pairs(groups, state_dict["param_groups"], state):
+    for name, param, held in _pairs(groups, state_dict["param_groups"], state_dict["state"]):
         if not held or (set(held) == {"step"} and local(param).numel() == 0):
             continue  # never stepped, or this rank holds nothing of it
         if counts_steps:
@@ -179,11 +188,11 @@ def _pairs(
     """(name, parameter, its saved state) for every parameter."""
     seen = set()
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        here, ids = group["params"], saved.get("params")
-        if not isinstance(ids, Sequence) or len(ids) != len(here):
+        here, ids = group["params"], _ids(saved)
+        if len(ids) != len(here):
             raise ValueError(
-                f"parameter group {i} of the checkpoint has {len(ids) if isinstance(ids, Sequence) else 'no'} "
-                f"parameters, that of this optimizer {len(here)}: the groups must be those it was saved with"
+                f"parameter group {i} of the checkpoint has {len(ids) or 'no'} parameters, that of this optimizer "
+                f"{len(here)}: the groups must be those it was saved with"
             )
         names = group.get("param_names", ())
         if len(names) != len(here):  # none, or those of what DeepSpeed has made flats of

@@ -120,7 +120,7 @@ def clipped(regime: str, options: dict[str, Any]) -> dict[str, Any]:
         for param, grad in before.items():
             assert torch.equal(pieces.local(param.grad), grad), "the gradient is the caller's"
         optimizer.zero_grad()
-        coefficients.append(float(optimizer._statistics.clip_coefficient()))
+        coefficients.append(float(optimizer._adopt().clip_coefficient()))
         collectives.append(counted.seen)
         seen.append(given.observe(optimizer))
     params = pieces.of_model(model, given.SHAPES)

@@ -114,6 +114,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "statistics in one group": (without("param_groups", 0, "alphaadam_state"), r"missing in group 0"),
     **{f"no {n}": (without("param_groups", 1, n), f"group 1 of the checkpoint has no {n}") for n in ("lr", "betas")},
     "no params": (without("param_groups", 1, "params"), r"group 1 of the checkpoint has no parameters"),
+    "params None": (in_group(0, params=None), r"group 0 of the checkpoint has no parameters"),
     "a parameter less": (without("param_groups", 1, "params", 0), r"has 1 parameters, that of this optimizer 2"),
     "a parameter twice": (in_group(1, params=[0, 2]), r"parameter 0 of the checkpoint stands twice"),
     "no state": (without("state"), r"no 'state'"),
@@ -154,7 +155,14 @@ def test_a_bad_state_is_refused_and_nothing_has_changed(case: str) -> None:
     assert all(same_bits(p, q) for p, q in zip(parameters_of(running), parameters_of(beside), strict=True))
 
 
-@pytest.mark.parametrize("state", [{}, None, [], [{}], "state", {"state": {}}, {"state": {}, "param_groups": [3, 4]}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {}, None, [], [{}], "state", {"state": {}}, {"state": {}, "param_groups": [3, 4]},
+        {"state": [], "param_groups": [{}, {}]}, {"state": {}, "param_groups": [{"params": [[0]]}, {"params": []}]},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_is_no_state_at_all(state: Any) -> None:
     optimizer = trained()
     before = snapshot(optimizer)
