@@ -127,17 +127,26 @@ class AlphaOptimizer(Persistent):
     def check_hyperparameters(cls, group: Mapping[str, Any]) -> None:
         """Check what a parameter group has of its own beside lr and weight_decay. Raises ValueError."""
 
-    # ---- parameter groups -------------------------------------------------------------------------
+    # ---- parameter groups -----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Raises ValueError, and adds nothing, where it contradicts an option of the whole optimizer."""
         super().add_param_group(param_group)
-        group, kind = self.param_groups[-1], type(self).__name__
+        group = self.param_groups[-1]
         try:
-            options.refuse_unserved(kind, group, self.fixed)
+            options.refuse_unserved(type(self).__name__, group, self.fixed)
             self._check_group(group)
             self._check_shared(group, f"parameter group {len(self.param_groups) - 1}")
-            options.check_parameters(kind, group["params"], capturable=group["capturable"])
+            for param in group["params"]:
+                if param.is_complex() or not param.is_floating_point():
+                    raise ValueError(
+                        f"a parameter has dtype {param.dtype}: {type(self).__name__} takes real floating point"
+                    )
+                if group["capturable"] and param.device.type not in options.CAPTURABLE:
+                    raise ValueError(
+                        f"capturable=True with a parameter on {param.device}: it takes parameters on a GPU. Move the "
+                        "model there before building the optimizer, or leave capturable=False"
+                    )
             for name, param in self._named_parameters(len(self.param_groups) - 1):
                 self._shards_of(name, param)  # for its errors
             self._warn_of_misspelt_keys(group)

@@ -216,18 +216,6 @@ def refuse_unserved(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any
             raise ValueError(f"{name}={group[name]!r}: {kind} has no such option, remove it")
 
 
-def check_parameters(kind: str, params: Iterable[Tensor], *, capturable: bool) -> None:
-    """Raise ValueError for the first parameter that cannot be stepped."""
-    for param in params:
-        if param.is_complex() or not param.is_floating_point():
-            raise ValueError(f"a parameter has dtype {param.dtype}: {kind} takes real floating point")
-        if capturable and param.device.type not in CAPTURABLE:
-            raise ValueError(
-                f"capturable=True with a parameter on {param.device}: it takes parameters on a GPU. Move the "
-                "model there before building the optimizer, or leave capturable=False"
-            )
-
-
 def misspelt_keys(group: Mapping[str, Any], names: Iterable[str], known: Set[str]) -> dict[str, str]:
     """The keys of a parameter group that nobody reads and that look like an option: key -> the option's name.
 

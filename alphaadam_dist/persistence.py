@@ -79,7 +79,7 @@ class Persistent(Optimizer):
     def process_group(self, group: dist.ProcessGroup | None) -> None:
         self._run.process_group, self._run.group_left_out = group, False
 
-    # ---- state dicts
+    # ---- state dicts ----------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer's or of torch's counterpart.
@@ -143,7 +143,7 @@ class Persistent(Optimizer):
         for group in self.param_groups:
             group["alphaadam_state"] = state
 
-    # ---- copies and pickles
+    # ---- copies and pickles ---------------------------------------------------------------------------------------
 
     def __copy__(self) -> Self:
         """The same parameters and moments, the same process group, and groups and statistics of its own."""
