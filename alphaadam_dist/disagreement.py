@@ -1,21 +1,23 @@
 """Do all ranks hold the same statistics and options? ``verify_every=N`` asks every N steps.
 
 They must, or each rank gives its part of the model another alpha, and no error says so: a rank built with another
-option, one that loaded another checkpoint, a replica whose moments have drifted, a bit that flipped. One all-reduce of
-16 bytes compares a checksum; only where it differs do the ranks tell each other what they hold.
+option, one that loaded another checkpoint, a replica whose moments have drifted, a bit that flipped. Replicas should
+hold the same parameters too; where they do not there is a warning, for some are meant to drift. One all-reduce compares
+checksums: 16 bytes, and 16 for each part that several ranks hold (for all together where each rank holds everything).
+Only where some differ do the ranks tell each other what they hold.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
-from . import lost, options
+from . import lost, options, replicas
 from .counts import Statistics
+from .kernels import agreement
 from .ownership import Layout, statistics_device
 
 if TYPE_CHECKING:
@@ -25,40 +27,54 @@ if TYPE_CHECKING:
 def check(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> None:
     """Compare with the other ranks, replicas too, what must be equal on all. Collective; synchronises.
 
+    Warns, once, where replicas hold different parameters.
+
     Raises:
         RuntimeError: on every rank, with the values that differ and the ranks that hold them.
+        ValueError: the same, where replicas hold different parameters at the start of a run.
     """
     group = layout.group or optimizer.process_group or (dist.group.WORLD if dist.is_initialized() else None)
     if group is None or dist.get_world_size(group) == 1:
         return
-    when = f"before this process's step {statistics.opened}"
-    held = _held(optimizer, statistics)
-    mine = zlib.crc32(repr(held).encode())  # of the repr, so that NaN equals itself
-    bounds = torch.tensor([mine, -mine], device=statistics_device(layout.params, group))
-    try:
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
-    except RuntimeError as error:
-        raise lost.explained(error, f"check that the ranks agree {when}", group) from error
-    largest, smallest = bounds[0], -bounds[1]
-    if bool(largest == smallest):
-        return
+    device = statistics_device(layout.params, group)
+    what = f"check that the ranks agree before this process's step {statistics.opened}"
+    held = _held(optimizer, layout, statistics)
+    numbers, count = ({}, 0) if layout.drift_told else replicas.to_compare(layout, group)
+    # of the repr, so that NaN equals itself
+    of_all = {0: zlib.crc32(repr(held).encode()), **{1 + place: number for place, number in numbers.items()}}
+    apart = replicas.places_apart(of_all, 1 + count, group, device, what)
+    if 0 in apart:
+        raise _disagreement(held, group, what)
+    difference = replicas.where_apart(layout, group, device, what) if apart else None
+    if difference is not None:
+        fresh = replicas.is_fresh(optimizer, group, device, first=statistics.opened == 1)
+        replicas.report(layout, f"verify_every: {replicas.not_copies(difference)}", fresh=fresh)
+
+
+def _disagreement(held: Mapping[str, Any], group: dist.ProcessGroup, what: str) -> RuntimeError:
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, {name: repr(value) for name, value in held.items()}, group=group)
+    with lost.explaining(what, group):
+        dist.all_gather_object(everyone, {name: repr(value) for name, value in held.items()}, group=group)
     ranks = dist.get_process_group_ranks(group)
     names = dict.fromkeys(name for theirs in everyone for name in theirs)
     differences = [_difference(name, [theirs.get(name, "missing") for theirs in everyone], ranks) for name in names]
-    raise RuntimeError(
+    when = what.removeprefix("check that the ranks agree ")
+    return RuntimeError(
         f"verify_every: the ranks disagree {when}: {'; '.join(d for d in differences if d)}. Build every rank with the "
         "same options and let all go on from the same checkpoint; where that was so, a rank has computed another thing "
         "than the others"
     )
 
 
-def _held(optimizer: AlphaOptimizer, statistics: Statistics) -> dict[str, Any]:
+def _held(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> dict[str, Any]:
     held: dict[str, Any] = dict(zip(("T", "alpha", "A", "C"), statistics.state(), strict=True))
     if optimizer.defaults["scope"] == "layer":
         held["alpha by layer"] = statistics.alphas()
     held |= {name: optimizer.defaults[name] for name in options.SHARED}
+    held["kernels"] = agreement.taken(optimizer.defaults, layout)
+    if layout.group is None:
+        names = zlib.crc32(repr(sorted(part.shard.key for part in layout.parts)).encode())
+        held["parameters"] = f"{len(layout.parts)} of {layout.numel} elements, checksum of their names {names:08x}"
     if optimizer.process_group is None:  # pipeline stages may have groups of their own
         for i, group in enumerate(optimizer.param_groups):
             values = {name: group[name] for name in optimizer.hyperparameters}

@@ -8,8 +8,9 @@ process itself; its own log then has the collective.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
@@ -19,6 +20,17 @@ class RankLost(RuntimeError):
 
 
 PATIENCE = 5.0  # seconds for the others to notice too
+
+
+@contextlib.contextmanager
+def explaining(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Around a collective: a RuntimeError inside becomes what ``explained`` makes of it."""
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as error:
+        raise explained(error, what, group) from error
 
 
 def explained(error: RuntimeError, what: str, group: dist.ProcessGroup | None) -> RankLost:
@@ -31,7 +43,10 @@ def explained(error: RuntimeError, what: str, group: dist.ProcessGroup | None) -
     try:
         silent = _silent(ranks, here)
         if silent:
-            missing = f"not heard from: {people(silent)}, which died, hangs, or waits for one that did"
+            missing = (
+                f"not heard from: {people(silent)}, which died, hangs, or waits for one that did, or did not call "
+                "step() this time (skipped it for a bad loss or an error of its own: all ranks must skip together)"
+            )
         else:
             missing = "all other ranks have failed too"
     except RuntimeError:  # dist.DistStoreError too

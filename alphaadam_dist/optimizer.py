@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import disagreement, kernels, one_model, options
+from . import disagreement, kernels, model_ranks, one_model, options, replicas
 from .counts import INITIAL_STATE
 from .gather import Gathered, Owned, gather, local, owned_pieces
+from .kernels import agreement
 from .kernels.reference import squared_norms
 from .ownership import Layout, build_layout, statistics_device
 from .persistence import Persistent, Run
@@ -52,16 +53,16 @@ class AlphaOptimizer(Persistent):
         clip_norm: clip gradients by their global L2 norm inside the step; exact only.
         sharding: what plain tensors are: "replicated": whole on every rank; "sharded": a different part of the
             parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
-        process_group: over which the model is sharded; by default all ranks, but FSDP1 and pipeline stages of plain
-            tensors must be given it.
+        process_group: the ranks that hold the model. By default all; it must be given for FSDP1, pipeline stages, and
+            DTensors whose meshes are smaller than the world.
         fused: True: the fast kernels, one pass over memory; False: the reference, in torch operations; None: the fast
             ones for models of a million parameters and more, where they can be had (see :mod:`.kernels`).
         capturable: a CUDA graph may hold the step: nothing in it waits for the device, ``step`` lies there too. Needs
             fp32 or fp64 parameters on a GPU, and sync="exact". Give lr as a tensor to change it between replays.
         maximize: ascend.
-        verify_every: every so many steps check that all ranks hold the same statistics and options, from the first on;
-            0 is never, and N must be the same on every rank. One more all-reduce of 16 bytes on those steps, also
-            between replicas, which synchronises.
+        verify_every: every so many steps check that all ranks hold the same statistics and options, and replicas the
+            same parameters, from the first on; 0 is never, and N must be the same on every rank. One more all-reduce on
+            those steps, also between replicas, which synchronises.
 
     Raises:
         TypeError: an unknown option.
@@ -113,6 +114,7 @@ class AlphaOptimizer(Persistent):
         options.check_together(defaults)
         self._run = Run(weakref.ref(self), process_group)
         super().__init__(params, defaults)
+        self._reduce_group([self._shards_of(*named) for named in self._named_parameters()])  # for its errors
 
     def __init_subclass__(cls) -> None:
         """Give the class the signature it has with the options of the family, for help() and error messages."""
@@ -153,6 +155,7 @@ class AlphaOptimizer(Persistent):
         except Exception:
             self.param_groups.pop()
             raise
+        agreement.say(self.defaults, [param for group in self.param_groups for param in group["params"]])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check all values of a parameter group, and make numbers of other libraries Python's own."""
@@ -366,8 +369,7 @@ class AlphaOptimizer(Persistent):
     def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
         assert self._run.layout is not None
         device = tensors[0].device if tensors else torch.device("cpu")
-        fused = True if self.defaults["capturable"] else self.defaults["fused"]
-        return kernels.choose(fused, device, self._run.layout.numel)
+        return kernels.choose(agreement.fused(self.defaults, self._run.layout), device, self._run.layout.numel)
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state, created as torch's optimizers create it where there is none."""
@@ -394,7 +396,7 @@ class AlphaOptimizer(Persistent):
         named = self._named_parameters()
         held = [self._shards_of(name, param) for name, param in named]
         group = self._reduce_group(held)
-        return build_layout(
+        layout = build_layout(
             params,
             held,
             [local(param).numel() for param in params],
@@ -403,6 +405,9 @@ class AlphaOptimizer(Persistent):
             device=statistics_device(params, group),
             names=[key for name, param in named for key in fsdp1.keys(param, name)],
         )
+        agreement.settle(layout, self.defaults)
+        replicas.prove(layout, self)
+        return layout
 
     def _named_parameters(self, first_group: int = 0) -> list[tuple[str, Tensor]]:
         named = []
@@ -416,8 +421,4 @@ class AlphaOptimizer(Persistent):
         return shards_of(param, name, named=named, sharding=self.sharding, group=self.process_group)
 
     def _reduce_group(self, held: Sequence[Sequence[Shard]]) -> dist.ProcessGroup | None:
-        """The group to reduce over; None where every rank holds the whole model and nothing needs reducing."""
-        if self.process_group is None and all(shard.replicated for shards in held for shard in shards):
-            return None
-        group = self.process_group or dist.group.WORLD
-        return group if dist.get_world_size(group) > 1 else None
+        return model_ranks.reduce_group(self.param_groups, held, self.process_group)

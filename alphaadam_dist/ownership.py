@@ -3,7 +3,8 @@
 The owner of a shard is the lowest rank of the reduce group that holds its (key, part). Other simple rules are wrong:
 "coordinate 0 on every replicated mesh dimension" counts twice when a parameter lives on a submesh, and weighting by
 1/replicas makes the sums inexact. Ranks exchange one table of (key hash, part hash, numel), 24 bytes a shard, once per
-layout, a few MiB at a time; each proves that the owned elements of its parameters add up to the whole of them.
+layout, a few MiB at a time; each proves that the owned elements of its parameters add up to the whole of them. That
+ranks which claim one part hold copies of it is proved in replicas.py.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import lost
+from .handshake import stop_together
 from .shards import Shard
 
 SLICE_BYTES = 2 * 2**20  # of the exchange, in memory at a time
+EXCHANGE = "handshake (exchange of who holds which shard)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,19 @@ class Slot:
     whole: bool  # it is the optimizer parameter's whole local tensor, which then needs no cutting
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A shard of this rank's, and which optimizer parameter holds it.
+
+    ``place`` is its number among the parts of the whole model that several ranks hold; -1 where no other holds it.
+    """
+
+    shard: Shard
+    param: Tensor
+    owned: bool
+    place: int
+
+
 @dataclass
 class Layout:
     """Where every element counts.
@@ -49,6 +66,10 @@ class Layout:
         numel: elements of the whole model.
         group: the process group to all-reduce over; None where every rank holds everything and nothing is reduced.
         device: where the statistics live.
+        parts: this rank's shards.
+        shared: how many parts of the whole model several ranks hold.
+        reference: all ranks take the reference kernels, because one of them cannot have the fast ones.
+        drift_told: that replicas differ was said already.
     """
 
     params: tuple[Tensor, ...]
@@ -58,6 +79,10 @@ class Layout:
     numel: int
     group: dist.ProcessGroup | None
     device: torch.device
+    parts: tuple[Part, ...] = ()
+    shared: int = 0
+    reference: bool = False
+    drift_told: bool = False
     _gathered: dict[tuple[Slot, ...], tuple[Tensor, Tensor, int]] = field(default_factory=dict, repr=False)
 
     def gather(self, slots: tuple[Slot, ...]) -> tuple[Tensor, Tensor, int]:
@@ -83,31 +108,71 @@ def _exchange(table: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
     """
     world = dist.get_world_size(group)
     longest = torch.tensor(len(table), device=device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    with lost.explaining(EXCHANGE, group):
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
     count = max(1, math.ceil(world * int(longest) * table.shape[1] * table.itemsize / SLICE_BYTES))
     slice_of = table[:, 0].remainder(count)
     heights = torch.bincount(slice_of, minlength=count).to(device)
-    dist.all_reduce(heights, op=dist.ReduceOp.MAX, group=group)
+    with lost.explaining(EXCHANGE, group):
+        dist.all_reduce(heights, op=dist.ReduceOp.MAX, group=group)
     for i, height in enumerate(heights.tolist()):
         if height == 0:
             continue
         mine = table[slice_of == i]
         padded = torch.nn.functional.pad(mine, (0, 0, 0, height - len(mine)), value=-1).to(device)
         gathered = torch.empty((world * height, table.shape[1]), dtype=torch.int64, device=device)
-        dist.all_gather_single(gathered, padded, group=group)
+        with lost.explaining(EXCHANGE, group):
+            dist.all_gather_single(gathered, padded, group=group)
         yield gathered.view(world, height, -1).cpu()
 
 
-def _first_holders(gathered: Tensor) -> Tensor:
-    """The lowest rank that holds each distinct part in a slice of the exchange: int64 rows (key, part, numel, rank)."""
+def _first_holders(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of every distinct part in a slice of the exchange: key, part, numel, the lowest rank that holds it, how many do.
+
+    int64 (parts,) each, ascending in part.
+    """
     flat = gathered.view(-1, gathered.shape[2])
     present = (flat[:, 2] >= 0).nonzero().squeeze(1)
     order = present[torch.argsort(flat[present, 1], stable=True)]  # by part, then rank
     part = flat[order, 1]
-    first = torch.ones(len(order), dtype=torch.bool)
+    first = torch.ones(len(order), dtype=torch.bool, device="cpu")
     first[1:] = part[1:] != part[:-1]
     holders = order[first]
-    return torch.cat((flat[holders], (holders // gathered.shape[1])[:, None]), dim=1)
+    counts = first.nonzero().squeeze(1).diff(append=torch.tensor([len(order)], device="cpu"))
+    return flat[holders, 0], part[first], flat[holders, 2], holders // gathered.shape[1], counts
+
+
+@dataclass
+class _Agreed:
+    """What the exchange told: hashes of the parts that this rank owns, elements of each key of the whole model, the
+    places of this rank's parts that others hold too, and how many places there are."""
+
+    owned: set[int] = field(default_factory=set)
+    numels: Counter[int] = field(default_factory=Counter)
+    places: dict[int, int] = field(default_factory=dict)
+    shared: int = 0
+
+
+def _agree(hashed: Sequence[tuple[int, int, int]], group: dist.ProcessGroup | None, device: torch.device) -> _Agreed:
+    """Exchange (key, part, numel) of this rank's shards. Collective; without a group all is this rank's own."""
+    agreed = _Agreed()
+    if group is None:
+        agreed.owned.update(part for _, part, _ in hashed)
+        for key, _, numel in hashed:
+            agreed.numels[key] += numel
+        return agreed
+    rank, table = dist.get_rank(group), torch.tensor(hashed, dtype=torch.int64, device="cpu").reshape(-1, 3)
+    for gathered in _exchange(table, group, device):
+        keys, parts, numels, owners, holders = _first_holders(gathered)
+        agreed.owned.update(parts[owners == rank].tolist())
+        distinct, of_row = keys.unique(return_inverse=True)
+        of_key = torch.zeros_like(distinct).index_add_(0, of_row, numels)
+        agreed.numels.update(dict(zip(distinct.tolist(), of_key.tolist(), strict=True)))
+        shared = parts[(holders > 1) & (numels > 0)]
+        mine = torch.isin(shared, table[:, 1]).nonzero().squeeze(1)
+        agreed.places.update(zip(shared[mine].tolist(), (agreed.shared + mine).tolist(), strict=True))
+        agreed.shared += len(shared)
+    return agreed
 
 
 def _prove_coverage(shards: Sequence[Shard], held: Mapping[int, int], world: int) -> str | None:
@@ -121,24 +186,11 @@ def _prove_coverage(shards: Sequence[Shard], held: Mapping[int, int], world: int
             return (
                 f"parameter {shard.key!r} has {shard.global_numel} elements, but the shards on the {world} ranks of "
                 f"the reduce group hold {held[_hash(shard.key)]} different ones (here: part {shard.part}, "
-                f"{shard.numel} elements). Give the optimizer the process_group over which this model is sharded, or "
+                f"{shard.numel} elements). Give the optimizer the process_group over which this model is sharded, "
+                "names that are unique in the whole model where ranks hold different parameters of one name, or "
                 "sharding='replicated' / 'sharded' where plain tensors were misjudged"
             )
     return None
-
-
-def _stop_together(problem: str | None, group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Raise ValueError on all ranks where one has a problem: none may wait for one that has stopped."""
-    if group is not None:
-        here, nowhere = dist.get_rank(group), dist.get_world_size(group)
-        first = torch.tensor(nowhere if problem is None else here, device=device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
-        if int(first) < nowhere:
-            told = [problem]
-            dist.broadcast_object_list(told, group_src=int(first), group=group, device=device)
-            problem = problem or f"rank {int(first)} of the reduce group found: {told[0]}"
-    if problem is not None:
-        raise ValueError(problem)
 
 
 def build_layout(
@@ -166,29 +218,19 @@ def build_layout(
     Raises:
         ValueError: two parameters have one key, or some element of the model would not count exactly once.
     """
-    flat = [shard for held in shards for shard in held]
+    pairs = [(param, shard) for param, held in zip(params, shards, strict=True) for shard in held]
+    flat = [shard for _, shard in pairs]
     hashed = [(_hash(s.key), _hash((s.key, s.part)), s.numel) for s in flat]
-    held_numels: Counter[int] = Counter()
-    owned_parts: set[int] = set()
-    if group is None:
-        for key, part, count in hashed:
-            held_numels[key] += count
-            owned_parts.add(part)
-    else:
-        rank = dist.get_rank(group)
-        for gathered in _exchange(torch.tensor(hashed, dtype=torch.int64).reshape(-1, 3), group, device):
-            first = _first_holders(gathered)
-            owned_parts.update(first[first[:, 3] == rank, 1].tolist())
-            keys_here, of_row = first[:, 0].unique(return_inverse=True)
-            numels = torch.zeros_like(keys_here).index_add_(0, of_row, first[:, 2])
-            held_numels.update(dict(zip(keys_here.tolist(), numels.tolist(), strict=True)))
-    _stop_together(
-        _prove_coverage(flat, held_numels, 1 if group is None else dist.get_world_size(group)), group, device
+    agreed = _agree(hashed, group, device)
+    problem = _prove_coverage(flat, agreed.numels, 1 if group is None else dist.get_world_size(group))
+    stop_together(problem, group, device, "does every element count once?")
+    parts = tuple(
+        Part(shard, param, part in agreed.owned, agreed.places.get(part, -1))
+        for (param, shard), (_, part, _) in zip(pairs, hashed, strict=True)
     )
-
-    row_of = {key: row for row, key in enumerate(sorted(held_numels))} if scope == "layer" else {}
+    row_of = {key: row for row, key in enumerate(sorted(agreed.numels))} if scope == "layer" else {}
     slots: dict[Tensor, tuple[Slot, ...]] = {}
-    owns = iter([part in owned_parts for _, part, _ in hashed])
+    owns = iter([part.owned for part in parts])
     for param, held, extent in zip(params, shards, extents, strict=True):
         runs = [(s.start, s.numel, row_of.get(_hash(s.key), 0), next(owns)) for s in held]
         if merge and scope == "global" and all(own for *_, own in runs):
@@ -198,7 +240,8 @@ def build_layout(
             for start, count, row, own in _with_padding(runs, extent)
         )
     keys = {row_of[_hash(key)]: key for key in {*names, *(s.key for s in flat)} if _hash(key) in row_of}
-    return Layout(tuple(params), slots, keys, max(len(row_of), 1), held_numels.total(), group, device)
+    rows, numel = max(len(row_of), 1), agreed.numels.total()
+    return Layout(tuple(params), slots, keys, rows, numel, group, device, parts, agreed.shared)
 
 
 def _with_padding(runs: Sequence[tuple[int, int, int, bool]], numel: int) -> list[tuple[int, int, int, bool]]:

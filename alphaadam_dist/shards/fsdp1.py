@@ -92,8 +92,8 @@ def shards(param: Tensor, key: str, rank: int | None) -> list[Shard]:
     if rank is None:
         raise ValueError(
             f"parameter {key!r} (shape {tuple(param.shape)}) is a shard of FSDP1 (FullyShardedDataParallel), and "
-            "process_group=None: give the optimizer process_group=, the group over which FSDP1 "
-            "shards: dist.group.WORLD unless you gave FSDP1 another, model.process_group under HYBRID_SHARD"
+            "process_group=None: give the optimizer process_group=, the group over which FSDP1 shards, which is "
+            "model.process_group (under HYBRID_SHARD too, where it holds one copy of the model)"
         )
     if getattr(param, MARKS["flat"], False):
         return _of_flat(param, key)

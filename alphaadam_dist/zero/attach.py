@@ -16,6 +16,8 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
+from .. import replicas
+from ..kernels import agreement
 from ..optimizer import AlphaOptimizer
 from ..ownership import Layout, build_layout, statistics_device
 from . import internals, json_config, monitor, refusals, universal
@@ -109,6 +111,8 @@ def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
         merge=True,
         names=internals.keys_of_all_ranks(engine),
     )
+    agreement.settle(layout, optimizer.defaults, engine.seq_data_parallel_group)
+    replicas.prove(layout, optimizer)
     optimizer.use_layout(layout, driven=wrapper.in_parts)
     if wrapper.in_parts:
         _drive(optimizer, layout, wrapper)

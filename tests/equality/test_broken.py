@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from alphaadam_dist import counts, optimizer, ownership
+from alphaadam_dist import counts, optimizer, ownership, replicas
 from alphaadam_dist.shards import Shard, dtensor, fsdp1, select
 
 from .. import threads
@@ -24,6 +24,7 @@ def no_all_reduce(patch: pytest.MonkeyPatch) -> None:
 
 def no_proof(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ownership, "_prove_coverage", lambda *args: None)
+    patch.setattr(replicas, "prove", lambda *args: None)
 
 
 def replicas_count_twice(patch: pytest.MonkeyPatch) -> None:

@@ -90,9 +90,7 @@ def train_pipeline(count: int, options: dict[str, Any], steps: int = 20) -> dict
     module: nn.Module = Stage(Llama(), **stages(count)[index])
     if count == 2:
         fully_shard(module, mesh=mesh["dp"])
-    else:
-        options = {**options, "process_group": dist.group.WORLD}
-    optimizer = AlphaAdam(module.named_parameters(), lr=llamas.LR, **options)
+    optimizer = AlphaAdam(module.named_parameters(), lr=llamas.LR, process_group=dist.group.WORLD, **options)
     stage = PipelineStage(module, index, count, torch.device("cpu"), group=mesh.get_group("pp"))
     schedule = ScheduleGPipe(stage, 2, loss_fn=next_token_loss)
     seen, sizes = [], []

@@ -4,6 +4,7 @@ All cases run at the same time, in processes forked from one that has imported e
 rank -> the error, for every rank that could still say something.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,28 +33,61 @@ CASES: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "killed-host-of-the-store": (0, True, {"sharding": "sharded"}),
     "hung": (1, False, {"sharding": "sharded"}),
 }
+# the question of the handshake in which rank 1 dies, and the optimizer's options
+HANDSHAKE: dict[str, dict[str, Any]] = {
+    "exchange of who holds which shard": {},
+    "does every element count once?": {},
+    "which kernels can all ranks have?": {},
+    "is this the start of a run?": {},
+    "are there shards without a whole?": {},
+    "do replicas hold the same values?": {},
+    "do replicas get the same gradients?": {},
+    "are shards copies?": {"sharding": "sharded"},
+}
 
 
 def rank(case: str, here: int, port: int, say: Connection) -> None:
-    who, dies, options = CASES[case]
     torch.set_num_threads(1)
     lost.PATIENCE = 2.0
     address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=8)
     dist.init_process_group("gloo", init_method=address, rank=here, world_size=WORLD, timeout=timeout)
-    param = nn.Parameter(torch.ones(5))
-    optimizer = AlphaAdam([param], **options)
     try:
-        for step in range(10):
-            if step == LOST_AT and here == who:
-                if dies:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(100)
-            param.grad = torch.ones(5)
-            optimizer.step()
+        (in_the_handshake if case in HANDSHAKE else in_a_step)(case, here)
     except RuntimeError as error:
         say.send(f"{type(error).__name__}: {error}")
         time.sleep(5)  # so that no rank hears of this one's end before it hears of the lost one's
     os._exit(0)
+
+
+def in_a_step(case: str, here: int) -> None:
+    who, dies, options = CASES[case]
+    param = nn.Parameter(torch.ones(5))
+    optimizer = AlphaAdam([param], **options)
+    for step in range(10):
+        if step == LOST_AT and here == who:
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(100)
+        param.grad = torch.ones(5)
+        optimizer.step()
+
+
+def in_the_handshake(case: str, here: int) -> None:
+    if here == 1:
+        lost.explaining = dying_in(case)  # type: ignore[assignment]
+    param = nn.Parameter(torch.arange(5.0))
+    param.grad = torch.ones(5)
+    AlphaAdam([("weight", param)], process_group=dist.group.WORLD, **HANDSHAKE[case]).step()
+
+
+def dying_in(case: str) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    def explaining(what: str, group: Any) -> Iterator[None]:
+        if case in what:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    return explaining
 
 
 def free_port() -> int:
@@ -65,7 +100,7 @@ def main() -> None:
     context = multiprocessing.get_context("fork")
     heard: dict[str, dict[int, Any]] = {}
     started = []
-    for case in CASES:
+    for case in (*CASES, *HANDSHAKE):
         port, heard[case] = free_port(), {}
         for here in range(WORLD):
             mine, theirs = context.Pipe(duplex=False)
@@ -75,10 +110,10 @@ def main() -> None:
             started.append(process)
             heard[case][here] = mine
     deadline = time.monotonic() + 120
-    said: dict[str, dict[int, str]] = {case: {} for case in CASES}
-    for case, (who, *_) in CASES.items():
+    said: dict[str, dict[int, str]] = {case: {} for case in heard}
+    for case in heard:
         for here, connection in heard[case].items():
-            if here != who and connection.poll(max(0.0, deadline - time.monotonic())):
+            if here != CASES.get(case, (1,))[0] and connection.poll(max(0.0, deadline - time.monotonic())):
                 said[case][here] = connection.recv()
     for process in started:
         process.kill()

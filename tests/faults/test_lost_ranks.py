@@ -10,7 +10,7 @@ import pytest
 
 from alphaadam_dist import lost
 
-from .losing_ranks import CASES, LOST_AT
+from .losing_ranks import CASES, HANDSHAKE, LOST_AT
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,17 @@ def test_the_others_say_who_is_missing(said: dict[str, dict[str, str]], case: st
             rf"RankLost: AlphaAdam.s {what} this process.s step [{LOST_AT}{LOST_AT + 1}] failed on rank {rank} ", error
         )
         assert "of ranks 0, 1, 2; not heard from: rank 1, which died, hangs, or waits" in error
+        assert "or did not call step() this time (skipped it for a bad loss or an error of its own" in error
     if case == "hung":
         assert all("Timed out" in error for error in said[case].values())
+
+
+@pytest.mark.parametrize("question", HANDSHAKE)
+def test_of_the_handshake_too(said: dict[str, dict[str, str]], question: str) -> None:
+    assert set(said[question]) == {"0", "2"}
+    for rank, error in said[question].items():
+        assert f"AlphaAdam's handshake ({question}) failed on rank {rank} of ranks 0, 1, 2" in error
+        assert "not heard from: rank 1, which died, hangs, or waits" in error
 
 
 def test_without_the_store_that_is_said(said: dict[str, dict[str, str]]) -> None:

@@ -1,9 +1,13 @@
-"""Small tensors compute fastest on one thread, and leave the machine to others."""
+"""Fixtures: one thread, on which small tensors compute fastest, and what each rank warns of."""
 
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 
 @pytest.fixture
@@ -12,3 +16,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[str]]:
+    """The warnings of each rank, on threads too, where catch_warnings would mix them."""
+    heard: dict[int, list[str]] = defaultdict(list)
+
+    def warn(message: Any, *args: Any, **kwargs: Any) -> None:
+        heard[dist.get_rank()].append(str(message))
+
+    monkeypatch.setattr(warnings, "warn", warn)
+    return heard
