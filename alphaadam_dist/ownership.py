@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ class Layout:
         numel: elements of the whole model.
         group: the process group to all-reduce over; None where every rank holds everything and nothing is reduced.
         device: where the statistics live.
+        places: what the parameters were when this was built, for the builder to compare.
     """
 
     params: tuple[Tensor, ...]
@@ -58,7 +60,13 @@ class Layout:
     numel: int
     group: dist.ProcessGroup | None
     device: torch.device
+    places: object = None
     _gathered: dict[tuple[Slot, ...], tuple[Tensor, Tensor, int]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def several_devices(self) -> bool:
+        """This rank's parameters lie on more than one device."""
+        return len({param.device for param in self.params}) > 1
 
     def gather(self, slots: tuple[Slot, ...]) -> tuple[Tensor, Tensor, int]:
         """Rows (int64) and ownership (float64, 0 or 1) of these slots on the device, and the elements they own."""
@@ -104,7 +112,7 @@ def _first_holders(gathered: Tensor) -> Tensor:
     present = (flat[:, 2] >= 0).nonzero().squeeze(1)
     order = present[torch.argsort(flat[present, 1], stable=True)]  # by part, then rank
     part = flat[order, 1]
-    first = torch.ones(len(order), dtype=torch.bool)
+    first = torch.ones(len(order), dtype=torch.bool, device="cpu")
     first[1:] = part[1:] != part[:-1]
     holders = order[first]
     return torch.cat((flat[holders], (holders // gathered.shape[1])[:, None]), dim=1)
@@ -176,7 +184,8 @@ def build_layout(
             owned_parts.add(part)
     else:
         rank = dist.get_rank(group)
-        for gathered in _exchange(torch.tensor(hashed, dtype=torch.int64).reshape(-1, 3), group, device):
+        table = torch.tensor(hashed, dtype=torch.int64, device="cpu").reshape(-1, 3)
+        for gathered in _exchange(table, group, device):
             first = _first_holders(gathered)
             owned_parts.update(first[first[:, 3] == rank, 1].tolist())
             keys_here, of_row = first[:, 0].unique(return_inverse=True)
@@ -215,8 +224,12 @@ def _with_padding(runs: Sequence[tuple[int, int, int, bool]], numel: int) -> lis
 
 
 def statistics_device(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> torch.device:
-    """Where the parameters are, unless the group cannot reduce there (NCCL with parameters offloaded to the CPU)."""
-    device = params[0].device if params else torch.device("cpu")
+    """Where the parameters are, unless the group cannot reduce there (NCCL with parameters offloaded to the CPU).
+
+    Of several devices the first accelerator: counts go there from the CPU without waiting.
+    """
+    devices = {param.device: None for param in params} or {torch.device("cpu"): None}
+    device = min(devices, key=lambda device: (device.type == "meta", device.type == "cpu"))
     if group is not None and device.type not in dist.get_backend_config(group):
         accelerator = torch.accelerator.current_accelerator()
         assert accelerator is not None
