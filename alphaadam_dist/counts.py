@@ -32,10 +32,10 @@ class Statistics:
         self.scope, self.sync, self.clip_norm = scope, sync, clip_norm
         self.layout: Layout | None = None
         self.opened = 0  # steps of this process
-        self._memory = torch.tensor(INITIAL_STATE, dtype=torch.float64)
-        self._alpha = torch.ones(1, dtype=torch.float64)  # of each row: the open step's, or the last one's
-        self._applied = torch.ones((), dtype=torch.float64)  # T of the open step
-        self._buffer = torch.zeros(0, dtype=torch.float64)
+        self._memory = torch.tensor(INITIAL_STATE, dtype=torch.float64, device="cpu")
+        self._alpha = torch.ones(1, dtype=torch.float64, device="cpu")  # of each row: the open step's or the last one's
+        self._applied = torch.ones((), dtype=torch.float64, device="cpu")  # T of the open step
+        self._buffer = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._squared_norm: Tensor | None = None
         self._in_flight: tuple[Tensor, dist.Work | None] | None = None
 

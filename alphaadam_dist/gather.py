@@ -1,26 +1,30 @@
 """What this rank holds of a parameter group, as the kernels take it: lists of local tensors, one entry for each slot.
 
-DTensors are unwrapped here, once a step: an operation on a DTensor costs ten times one on its local tensor.
+DTensors are unwrapped here, once a step: an operation on a DTensor costs ten times one on its local tensor. A list is
+of one device: where a model lies on several, there are lists for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-from .ownership import Slot
+from .ownership import Layout, Slot
 from .shards import cut
+from .tensors import local
+
+Owned = tuple[Slot, Tensor, Tensor]
+"""A slot that this rank counts, its gradient and its momentum."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The slots of the parameters that have a gradient. ``moments`` is a list for each state tensor by name."""
+    """The slots of the parameters that have a gradient, one or more. ``moments`` is a list for each state tensor."""
 
     slots: tuple[Slot, ...]
     params: list[Tensor]
@@ -31,8 +35,6 @@ class Gathered:
     def advance_steps(self, capturable: bool) -> list[float] | Tensor:
         """Count an update of every parameter; t of each slot, on its device if ``capturable``."""
         own = list({id(state): state for state in self.states}.values())
-        if not own:
-            return []
         if capturable:
             torch._foreach_add_([state["step"] for state in own], 1.0)
             return torch.stack([state["step"] for state in self.states])
@@ -41,58 +43,57 @@ class Gathered:
             state["step"] = step
         return [state["step"].item() for state in self.states]
 
+    def owned(self) -> list[Owned]:
+        """What this rank counts of it."""
+        held = zip(self.slots, self.grads, self.moments[0], strict=True)
+        return [(slot, grad, momentum) for slot, grad, momentum in held if slot.owned]
+
 
 def gather(
-    params: Sequence[Tensor],
-    slots: Mapping[Tensor, tuple[Slot, ...]],
-    moments: Sequence[str],
-    state_of: Callable[[Tensor], dict[str, Any]],
-) -> Gathered:
-    """The local tensors of these parameters, cut into their slots; those without a gradient are left out.
+    params: Sequence[Tensor], layout: Layout, moments: Sequence[str], state_of: Callable[[Tensor], dict[str, Any]]
+) -> list[Gathered]:
+    """The local tensors of these parameters, cut into their slots, for each device; those without a gradient left out.
 
     Raises ValueError where a gradient is sparse.
     """
-    cut_into: list[Slot] = []
+    on_device: dict[torch.device | None, list[Tensor]] = {}
+    for param in params if layout.several_devices else ():
+        on_device.setdefault(param.device, []).append(param)
+    held = [_gathered(some, layout, moments, state_of) for some in on_device.values() or [params]]
+    return [part for part in held if part is not None]
+
+
+def _gathered(
+    params: Sequence[Tensor], layout: Layout, moments: Sequence[str], state_of: Callable[[Tensor], dict[str, Any]]
+) -> Gathered | None:
+    slots: list[Slot] = []
     states: list[dict[str, Any]] = []
     lists: list[list[Tensor]] = [[] for _ in range(2 + len(moments))]
     for param in params:
         grad = gradient(param)
         if grad is None:
             continue
-        if grad.is_sparse:
-            raise ValueError("sparse gradients are not taken: build the embedding with sparse=False")
+        if grad.layout is not torch.strided:
+            raise ValueError(f"sparse gradients ({grad.layout}) are not taken: build the embedding with sparse=False")
         state = state_of(param)
         tensors = [local(param), grad, *[local(state[name]) for name in moments]]
-        for slot in slots[param]:
-            cut_into.append(slot)
+        for slot in layout.slots[param]:
+            slots.append(slot)
             states.append(state)
             for into, tensor in zip(lists, tensors, strict=True):
                 into.append(tensor if slot.whole else tensor.view(-1)[slot.start : slot.start + slot.numel])
-    return Gathered(tuple(cut_into), lists[0], lists[1], lists[2:], states)
+    return Gathered(tuple(slots), lists[0], lists[1], lists[2:], states) if slots else None
 
 
 def gradient(param: Tensor) -> Tensor | None:
     """The local gradient; None where there is none."""
     grad = param.grad
-    if grad is None or not isinstance(grad, DTensor):
+    if grad is None or type(grad) is Tensor:
         return grad
-    if isinstance(param, DTensor) and grad.placements != param.placements:
+    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
         # as AdamW's operations would; kept, because the update reads what was counted
         param.grad = grad = grad.redistribute(placements=param.placements)
     return local(grad)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, a view of it; a plain tensor itself."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    # not to_local(), which costs as much host time as the rest of the step where parameters are small
-    part: Tensor = tensor._local_tensor
-    return part.wait() if isinstance(part, AsyncCollectiveTensor) else part
-
-
-Owned = tuple[Slot, Tensor, Tensor]
-"""A slot that this rank counts, its gradient and its momentum."""
 
 
 def owned_pieces(slots: Sequence[Slot], pieces: Sequence[Tensor], momentum: Tensor) -> list[Owned]:
@@ -103,3 +104,15 @@ def owned_pieces(slots: Sequence[Slot], pieces: Sequence[Tensor], momentum: Tens
     flat = momentum.view(-1)
     runs = [(slot.start, slot.numel, slot) for slot in slots if slot.owned]
     return [(slot, grad, flat[start : start + grad.numel()]) for slot, start, grad in cut(pieces, runs)]
+
+
+def by_device(owned: Sequence[Owned], layout: Layout) -> list[tuple[tuple[Slot, ...], list[Tensor], list[Tensor]]]:
+    """Slots, gradients and momenta on each device that has any."""
+    parts: dict[torch.device | None, list[Owned]] = {}
+    for one in owned if layout.several_devices else ():
+        parts.setdefault(one[2].device, []).append(one)
+    return [
+        (tuple(slot for slot, _, _ in part), [grad for _, grad, _ in part], [momentum for _, _, momentum in part])
+        for part in parts.values() or [owned]
+        if part
+    ]

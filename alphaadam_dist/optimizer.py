@@ -19,17 +19,20 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from . import disagreement, kernels, model_ranks, one_model, options, replicas
 from .counts import INITIAL_STATE
-from .gather import Gathered, Owned, gather, local, owned_pieces
+from .eager import eager
+from .gather import Gathered, Owned, by_device, gather, owned_pieces
 from .kernels import agreement
 from .kernels.reference import squared_norms
 from .ownership import Layout, build_layout, statistics_device
 from .persistence import Persistent, Run
 from .shards import Shard, clean_name, fsdp1
 from .shards.select import shards_of
+from .tensors import check_kind, check_places, local
 
 
 class AlphaOptimizer(Persistent):
@@ -139,18 +142,14 @@ class AlphaOptimizer(Persistent):
             options.refuse_unserved(type(self).__name__, group, self.fixed)
             self._check_group(group)
             self._check_shared(group, f"parameter group {len(self.param_groups) - 1}")
-            for param in group["params"]:
-                if param.is_complex() or not param.is_floating_point():
-                    raise ValueError(
-                        f"a parameter has dtype {param.dtype}: {type(self).__name__} takes real floating point"
-                    )
+            for name, param in self._named_parameters(len(self.param_groups) - 1):
+                check_kind(name, param, type(self).__name__)
+                self._shards_of(name, param)  # for its errors
                 if group["capturable"] and param.device.type not in options.CAPTURABLE:
                     raise ValueError(
                         f"capturable=True with a parameter on {param.device}: it takes parameters on a GPU. Move the "
                         "model there before building the optimizer, or leave capturable=False"
                     )
-            for name, param in self._named_parameters(len(self.param_groups) - 1):
-                self._shards_of(name, param)  # for its errors
             self._warn_of_misspelt_keys(group)
         except Exception:
             self.param_groups.pop()
@@ -223,6 +222,7 @@ class AlphaOptimizer(Persistent):
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
+    @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. Collective where the model is sharded.
@@ -240,15 +240,9 @@ class AlphaOptimizer(Persistent):
         self._refuse_part_of_model()
         layout = self._current_layout()
         self.open_step(layout)
-        held = [gather(group["params"], layout.slots, self.moments, self._state) for group in self.param_groups]
+        held = self._gather(layout)
         if self.defaults["sync"] == "exact":
-            owned = [
-                (slot, grad, momentum)
-                for part in held
-                for slot, grad, momentum in zip(part.slots, part.grads, part.moments[0], strict=True)
-                if slot.owned
-            ]
-            self._count(owned, None)
+            self._count([owned for _, part in held for owned in part.owned()], None)
         self._update(held)
         self.close_step()
         return loss
@@ -309,22 +303,20 @@ class AlphaOptimizer(Persistent):
         assert statistics is not None
         threshold = self.defaults["threshold"]
         clip = self.defaults["clip_norm"] is not None
-        slots = tuple(slot for slot, _, _ in owned)
-        grads = [grad for _, grad, _ in owned]
+        assert self._run.layout is not None
+        parts = by_device(owned, self._run.layout)
         if clip and threshold > 0:
-            statistics.add_norms(slots, squared_norms(grads))
+            for slots, grads, momenta in parts:
+                statistics.add_norms(slots, squared_norms(grads, momenta))
             statistics.reduce_norm()
             scale = statistics.clip_coefficient()
-        counts, norms = self._kernels(grads).count(
-            grads,
-            [momentum for _, _, momentum in owned],
-            threshold=threshold,
-            scale=self._directed(scale),
-            norms=clip and threshold == 0,
-        )
-        if norms is not None:
-            statistics.add_norms(slots, norms)
-        statistics.add(slots, counts)
+        for slots, grads, momenta in parts:
+            counts, norms = self._kernels(grads[0]).count(
+                grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0
+            )
+            if norms is not None:
+                statistics.add_norms(slots, norms)
+            statistics.add(slots, counts)
         statistics.reduce()
         self._run.counted = True
 
@@ -335,17 +327,23 @@ class AlphaOptimizer(Persistent):
                 "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
                 "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
             )
-        slots = self._run.layout.slots
-        self._update([gather(group["params"], slots, self.moments, self._state) for group in self.param_groups])
+        self._update(self._gather(self._run.layout))
 
-    def _update(self, held: Sequence[Gathered]) -> None:
-        """The third act, on what is held of each parameter group."""
+    def _gather(self, layout: Layout) -> list[tuple[dict[str, Any], Gathered]]:
+        """What is held of each parameter group on each device, beside the group."""
+        groups = self.param_groups
+        return [
+            (group, part) for group in groups for part in gather(group["params"], layout, self.moments, self._state)
+        ]
+
+    def _update(self, held: Sequence[tuple[dict[str, Any], Gathered]]) -> None:
+        """The third act."""
         statistics = self._run.statistics
         assert statistics is not None
         delayed = self.defaults["sync"] == "delayed"
         scale = self._directed(statistics.clip_coefficient())
-        for group, part in zip(self.param_groups, held, strict=True):
-            counts = self._kernels(part.params).update(
+        for group, part in held:
+            counts = self._kernels(part.params[0]).update(
                 self.direction,
                 part.params,
                 part.grads,
@@ -366,10 +364,10 @@ class AlphaOptimizer(Persistent):
             return scale
         return -1.0 if scale is None else -scale
 
-    def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
+    def _kernels(self, tensor: Tensor) -> ModuleType:
+        """Those for the tensor's device."""
         assert self._run.layout is not None
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return kernels.choose(agreement.fused(self.defaults, self._run.layout), device, self._run.layout.numel)
+        return kernels.choose(agreement.fused(self.defaults, self._run.layout), tensor.device, self._run.layout.numel)
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state, created as torch's optimizers create it where there is none."""
@@ -378,23 +376,25 @@ class AlphaOptimizer(Persistent):
             if self.counts_steps:
                 device = param.device if self.defaults["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            like = param if isinstance(param, DTensor) else local(param)
             for name in self.moments:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
         return state
 
     # ---- the layout -----------------------------------------------------------------------------------------------
 
     def _current_layout(self) -> Layout:
         """The layout, built anew (collective) when the parameters are not those it was built for."""
-        params = [param for group in self.param_groups for param in group["params"]]
         layout = self._run.layout
         if layout is not None and self._run.fixed_layout:
             return layout
-        same = layout is not None and len(layout.params) == len(params)
-        if layout is not None and same and all(a is b for a, b in zip(layout.params, params, strict=True)):
+        params = [param for group in self.param_groups for param in group["params"]]
+        places = [id(p) for p in params], [p.shape for p in params], [p.device for p in params]
+        if layout is not None and layout.places == places:
             return layout
         named = self._named_parameters()
         held = [self._shards_of(name, param) for name, param in named]
+        check_places(named, self.state, self.moments, capturable=self.defaults["capturable"])
         group = self._reduce_group(held)
         layout = build_layout(
             params,
@@ -405,6 +405,7 @@ class AlphaOptimizer(Persistent):
             device=statistics_device(params, group),
             names=[key for name, param in named for key in fsdp1.keys(param, name)],
         )
+        layout.places = places
         agreement.settle(layout, self.defaults)
         replicas.prove(layout, self)
         return layout

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,7 @@ class Layout:
         shared: how many parts of the whole model several ranks hold.
         reference: all ranks take the reference kernels, because one of them cannot have the fast ones.
         drift_told: that replicas differ was said already.
+        places: what the parameters were when this was built, for the builder to compare.
     """
 
     params: tuple[Tensor, ...]
@@ -83,7 +85,13 @@ class Layout:
     shared: int = 0
     reference: bool = False
     drift_told: bool = False
+    places: object = None
     _gathered: dict[tuple[Slot, ...], tuple[Tensor, Tensor, int]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def several_devices(self) -> bool:
+        """This rank's parameters lie on more than one device."""
+        return len({param.device for param in self.params}) > 1
 
     def gather(self, slots: tuple[Slot, ...]) -> tuple[Tensor, Tensor, int]:
         """Rows (int64) and ownership (float64, 0 or 1) of these slots on the device, and the elements they own."""
@@ -258,8 +266,12 @@ def _with_padding(runs: Sequence[tuple[int, int, int, bool]], numel: int) -> lis
 
 
 def statistics_device(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> torch.device:
-    """Where the parameters are, unless the group cannot reduce there (NCCL with parameters offloaded to the CPU)."""
-    device = params[0].device if params else torch.device("cpu")
+    """Where the parameters are, unless the group cannot reduce there (NCCL with parameters offloaded to the CPU).
+
+    Of several devices the first accelerator: counts go there from the CPU without waiting.
+    """
+    devices = {param.device: None for param in params} or {torch.device("cpu"): None}
+    device = min(devices, key=lambda device: (device.type == "meta", device.type == "cpu"))
     if group is not None and device.type not in dist.get_backend_config(group):
         accelerator = torch.accelerator.current_accelerator()
         assert accelerator is not None

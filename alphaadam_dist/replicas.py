@@ -21,9 +21,10 @@ from torch import Tensor
 
 from . import fingerprint, lost
 from .fingerprint import UNKNOWN
-from .gather import gradient, local
+from .gather import gradient
 from .handshake import first_to_say
 from .ownership import Layout, Part
+from .tensors import local
 
 if TYPE_CHECKING:
     from .optimizer import AlphaOptimizer

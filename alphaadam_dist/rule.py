@@ -76,6 +76,39 @@ def factor(agree: Tensor, conflict: Tensor, f_agree: Tensor, f_conflict: Tensor,
     return torch.where(agree, f_agree.to(dtype), torch.where(conflict, f_conflict.to(dtype), one))
 
 
+def rate(lr: float | Tensor) -> float | Tensor:
+    """A learning rate to compute with. torch computes in a tensor's dtype: in 16 bits 1 - lr * decay is mostly 1."""
+    return lr.double() if isinstance(lr, Tensor) and lr.dtype not in (torch.float32, torch.float64) else lr
+
+
+def decay_of(lr: float | Tensor, weight_decay: float) -> float:
+    """What decay leaves of a parameter: 1 - lr * weight_decay."""
+    return float(1 - rate(lr) * weight_decay)
+
+
+def size_of(lr: float | Tensor, bias_correction: float = 1.0) -> float:
+    """What a direction is multiplied by: -lr / bias_correction."""
+    return float(-(rate(lr) / bias_correction))
+
+
+def sizes_of(lr: float | Tensor, beta: float, steps: Sequence[float]) -> list[float]:
+    """:func:`size_of` for parameters at several steps, most of them at the same."""
+    sizes = {step: size_of(lr, 1 - beta**step) for step in set(steps)}
+    return [sizes[step] for step in steps]
+
+
+def add_scaled_(into: Tensor, tensor: Tensor, scale: float | Tensor) -> Tensor:
+    """into += scale * tensor, as torch's ``add_(tensor, alpha=scale)``, with the same bits wherever an element lies.
+
+    In 16 bits on the CPU torch rounds the product in the last elements of a tensor and not in those that fill a vector.
+    Here none is: ``scale`` is rounded as torch rounds it, which makes products exact in fp32.
+    """
+    if into.device.type != "cpu" or into.element_size() > 2:
+        return into.add_(tensor, alpha=float(scale))
+    rounded = float(torch.tensor(float(scale), dtype=into.dtype, device="cpu"))
+    return into.copy_(into.float().add_(tensor, alpha=rounded))
+
+
 def adam_(
     param: Tensor,
     grad: Tensor,
@@ -95,11 +128,11 @@ def adam_(
     of torch.optim.AdamW(foreach=False, fused=False), so f = 1 gives its bits.
     """
     beta1, beta2 = betas
-    param.mul_(float(1 - lr * weight_decay))
+    param.mul_(decay_of(lr, weight_decay))
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denom = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    param.addcdiv_(exp_avg * f, denom, value=float(-(lr / (1 - beta1**step))))
+    param.addcdiv_(exp_avg * f, denom, value=size_of(lr, 1 - beta1**step))
 
 
 def lion_(
@@ -114,9 +147,9 @@ def lion_(
 ) -> None:
     """One Lion update (arXiv 2302.06675, algorithm 2), the sign multiplied by ``f``. Mutates param and exp_avg."""
     beta1, beta2 = betas
-    param.mul_(float(1 - lr * weight_decay))
+    param.mul_(decay_of(lr, weight_decay))
     sign = exp_avg.lerp(grad, 1 - beta1).sign_()
-    param.add_(sign.mul_(f), alpha=float(-lr))
+    add_scaled_(param, sign.mul_(f), size_of(lr))
     exp_avg.lerp_(grad, 1 - beta2)
 
 
@@ -136,10 +169,10 @@ def sgd_(
     The operations and their order are those of torch.optim.SGD(foreach=False, fused=False, dampening=0), but for the
     decay, which is decoupled (arXiv 1711.05101, algorithm 1): f = 1 without decay gives its bits.
     """
-    param.mul_(float(1 - lr * weight_decay))
+    param.mul_(decay_of(lr, weight_decay))
     momentum_buffer.mul_(momentum).add_(grad)
-    direction = grad.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
-    param.add_(direction * f, alpha=float(-lr))
+    direction = add_scaled_(grad.clone(), momentum_buffer, momentum) if nesterov else momentum_buffer
+    add_scaled_(param, direction * f, size_of(lr))
 
 
 @dataclass
@@ -189,18 +222,18 @@ def step_(
     """
     present = [(c, -g if maximize else g) for c, g in zip(model, grads, strict=True) if g is not None]
     if clip_norm is not None:
-        norm = sum((g.double().square().sum() for _, g in present), torch.zeros((), dtype=torch.float64)).sqrt()
+        squares = [g.double().square().sum() for _, g in present]
+        norm = sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
         coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         present = [(c, g * coefficient.to(g.dtype)) for c, g in present]
 
     masks = [classify(g, c.moments[0], threshold) for c, g in present]
-    counts = torch.tensor([[agree.sum(), conflict.sum()] for agree, conflict in masks], dtype=torch.float64)
-    counts = counts.reshape(-1, 2)  # also where no parameter has a gradient
+    rows = [[int(agree.sum()), int(conflict.sum())] for agree, conflict in masks]
+    counts = torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, 2)  # also where no gradient is there
     total = counts.sum(0)
     if sync == "delayed":
-        alpha = alpha_from_counts(
-            torch.tensor(memory.agree).double(), torch.tensor(memory.conflict).double(), gamma, alpha_max
-        )
+        last = torch.tensor([memory.agree, memory.conflict], dtype=torch.float64, device="cpu")
+        alpha = alpha_from_counts(last[0], last[1], gamma, alpha_max)
     else:
         alpha = alpha_from_counts(total[0], total[1], gamma, alpha_max)
     per_parameter = (
@@ -209,7 +242,7 @@ def step_(
         else alpha.expand(len(present))
     )
 
-    applied = torch.tensor(memory.applied + 1, dtype=torch.float64)
+    applied = torch.tensor(memory.applied + 1, dtype=torch.float64, device="cpu")
     f_agree, f_conflict = strengths(per_parameter, applied, gamma, alpha_warmup)
     for (c, g), (agree, conflict), f in zip(present, masks, f_agree, strict=True):
         if "step" in c.hyperparameters:

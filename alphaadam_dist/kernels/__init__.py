@@ -36,7 +36,7 @@ def choose(fused: bool | None, device: torch.device, elements: int) -> ModuleTyp
         return reference
     problem = _problem(device.type)
     if problem is None:
-        return cpu if device.type == "cpu" else importlib.import_module(".triton", __name__)
+        return _of(device.type)
     if fused:
         raise ValueError(f"fused=True, but {problem}. Or leave fused=None to go on with the reference kernels")
     return reference
@@ -45,16 +45,19 @@ def choose(fused: bool | None, device: torch.device, elements: int) -> ModuleTyp
 @functools.cache
 def _problem(device_type: str) -> str | None:
     """Why the fast kernels of a device can't be had, said once; None where they can."""
-    if device_type == "cuda" and find_spec("triton") is not None:
-        return None
-    if device_type != "cpu":
-        missing = "Triton is not installed" if device_type == "cuda" else f"there are none for {device_type}"
-        return _warned(f"{missing}: use CUDA with `pip install triton`")
+    if device_type not in ("cpu", "cuda"):
+        return _warned(f"there are no fast kernels for {device_type}")
+    if device_type == "cuda" and find_spec("triton") is None:
+        return _warned("Triton is not installed: `pip install triton`")
     try:
-        cpu.load()
-    except cpu.Unavailable as error:
+        _of(device_type).load()
+    except (ImportError, OSError, cpu.Unavailable) as error:
         return _warned(str(error))
     return None
+
+
+def _of(device_type: str) -> ModuleType:
+    return cpu if device_type == "cpu" else importlib.import_module(".triton", __name__)
 
 
 def _warned(problem: str) -> str:

@@ -7,6 +7,7 @@ leaves no lock behind.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -25,11 +26,12 @@ from ..cache import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+DIGEST = hashlib.sha256().digest_size
 MACHINE_FLAGS = ["-march=native", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 
 
 class Unavailable(RuntimeError):
-    """The kernels cannot be compiled here; the message says why and what to do."""
+    """The kernels cannot be had here; the message says why and what to do."""
 
 
 @functools.cache
@@ -37,51 +39,84 @@ def load() -> None:
     """Register the operators ``torch.ops.alphaadam``, compiling them where nobody has yet (some seconds).
 
     Raises:
-        Unavailable: no compiler, a failed compilation, or a cache folder in which others could place a library.
+        Unavailable: no compiler, a failed compilation, no cache folder to write to or one in which others could place a
+            library, or a library that cannot be loaded.
     """
-    torch.ops.load_library(library(MACHINE_FLAGS))
+    path = library(MACHINE_FLAGS)
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(
+            f"the compiled kernels cannot be loaded ({error.__cause__ or error}): set ALPHAADAM_CACHE to a folder from "
+            "which programs may run, or to an empty one"
+        ) from error
 
 
 def library(machine_flags: list[str]) -> Path:
     """The compiled library. ``machine_flags`` say for which processor. Raises Unavailable, as ``load``."""
-    folder = cache_dir() / "kernels"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for checked in (folder, folder.parent):
-        _refuse_open_folder(checked)
+    try:
+        folder = cache_dir() / "kernels"
+    except OSError as error:
+        raise Unavailable(str(error)) from error
     flags = FLAGS + machine_flags
-    compiler = os.environ.get("CXX") or "c++"
-    parts = SOURCE.read_bytes(), torch.__version__, compiler, _processor(), flags
-    found = folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
-    if not found.exists():
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one of this machine's ranks compiles, the others wait
-            if not found.exists():
-                _compile(compiler, flags, found)
+    compiler = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        parts = SOURCE.read_bytes(), torch.__version__, compiler, _processor(), flags
+        found = folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
+        folder.mkdir(mode=0o755, exist_ok=True)
+        for holder in (folder.parent, folder):
+            _refuse_open(holder)
+        if not _whole(found):
+            with open(folder / "lock", "w") as lock:
+                with contextlib.suppress(OSError):  # not every file system has locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # one of this machine's ranks compiles, the others wait
+                if not _whole(found):
+                    _compile(compiler, flags, found)
+        _refuse_open(found)
+    except OSError as error:
+        raise Unavailable(
+            f"the compiled kernels cannot be kept in {folder} ({error}): set ALPHAADAM_CACHE to a folder of your own "
+            "with space in it"
+        ) from error
     return found
 
 
-def _compile(compiler: str, flags: list[str], into: Path) -> None:
-    from torch.utils import cpp_extension
+def _whole(library: Path) -> bool:
+    """It is there as it was made: it ends in the digest of what stands before. A damaged one may crash its loader."""
+    if not library.exists():
+        return False
+    held = library.read_bytes()
+    return hashlib.sha256(held[:-DIGEST]).digest() == held[-DIGEST:]
 
-    if shutil.which(shlex.split(compiler)[0]) is None:
+
+def _compile(compiler: str, flags: list[str], into: Path) -> None:
+    try:
+        command = shlex.split(compiler)
+    except ValueError as error:
+        raise Unavailable(f"CXX={compiler!r} is no command ({error}): set it to a C++ compiler") from error
+    if shutil.which(command[0]) is None:
         raise Unavailable(f"there is no C++ compiler {compiler!r}: install g++, or set CXX to one that is there")
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    libraries = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    torch_folder = Path(torch.__file__).parent
+    headers, libraries = torch_folder / "include", torch_folder / "lib"
+    places = [f"-I{headers}", f"-I{headers / 'torch/csrc/api/include'}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
     with tempfile.TemporaryDirectory(dir=into.parent) as folder:
         made = Path(folder) / into.name
-        line = [*shlex.split(compiler), *flags, "-fPIC", "-shared", *includes, str(SOURCE), "-o", str(made), *libraries]
-        done = subprocess.run([*line, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
+        line = [*command, *flags, "-fPIC", "-shared", str(SOURCE), "-o", str(made), *places, "-ltorch_cpu", "-lc10"]
+        done = subprocess.run(line, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
             raise Unavailable(f"{shlex.join(line)} failed:\n{done.stderr[-2000:]}")
+        with open(made, "ab") as file:
+            file.write(hashlib.sha256(made.read_bytes()).digest())
+        made.chmod(0o755)
         os.replace(made, into)
 
 
-def _refuse_open_folder(folder: Path) -> None:
-    """A library that others can put here would run with this user's rights."""
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+def _refuse_open(path: Path) -> None:
+    """A library that others can change would run with this user's rights. root can do that anyway."""
+    status = path.stat()
+    if status.st_uid not in (0, os.getuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Unavailable(
-            f"the cache folder {folder} belongs to another user or is writable by others: chmod go-w it, or set "
+            f"{path} in the cache folder belongs to another user or is writable by others: chmod go-w it, or set "
             "ALPHAADAM_CACHE to a folder of your own"
         )
 

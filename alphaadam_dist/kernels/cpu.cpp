@@ -125,21 +125,22 @@ inline T lerp(T a, T b, T weight) {
   return std::fma(small ? weight : weight - 1, b - a, small ? a : b);
 }
 
-// The directions: one parameter's numbers, and an update of one coordinate whose direction is multiplied by f.
+// The directions: one parameter's numbers, and an update of one coordinate whose direction is multiplied by f. `decay`
+// and `size` are rule.decay_of and rule.size_of.
 
 template <typename T>
 struct Adam {
   static constexpr bool kSecondMoment = true;
   T decay, keep, beta2, gain, root, eps, size;
 
-  Adam(double step, double lr, double weight_decay, double beta1, double beta2, double eps)
-      : decay(static_cast<T>(1 - lr * weight_decay)),
+  Adam(double step, double decay, double size, double beta1, double beta2, double eps)
+      : decay(static_cast<T>(decay)),
         keep(static_cast<T>(1 - beta1)),
         beta2(static_cast<T>(beta2)),
         gain(static_cast<T>(1 - beta2)),
         root(static_cast<T>(std::sqrt(1 - std::pow(beta2, step)))),
         eps(static_cast<T>(eps)),
-        size(static_cast<T>(-(lr / (1 - std::pow(beta1, step))))) {}
+        size(static_cast<T>(size)) {}
 
   void operator()(T& p, T g, T& m, T& v, T f) const {
     m = lerp(m, g, keep);
@@ -153,11 +154,11 @@ struct Lion {
   static constexpr bool kSecondMoment = false;
   T decay, ahead, keep, size;
 
-  Lion(double lr, double weight_decay, double beta1, double beta2)
-      : decay(static_cast<T>(1 - lr * weight_decay)),
+  Lion(double decay, double size, double beta1, double beta2)
+      : decay(static_cast<T>(decay)),
         ahead(static_cast<T>(1 - beta1)),
         keep(static_cast<T>(1 - beta2)),
-        size(static_cast<T>(-lr)) {}
+        size(static_cast<T>(size)) {}
 
   void operator()(T& p, T g, T& m, T&, T f) const {
     const T between = lerp(m, g, ahead);
@@ -173,10 +174,10 @@ struct Sgd {
   T decay, momentum, size;
   bool nesterov;
 
-  Sgd(double lr, double weight_decay, double momentum, bool nesterov)
-      : decay(static_cast<T>(1 - lr * weight_decay)),
+  Sgd(double decay, double size, double momentum, bool nesterov)
+      : decay(static_cast<T>(decay)),
         momentum(static_cast<T>(momentum)),
-        size(static_cast<T>(-lr)),
+        size(static_cast<T>(size)),
         nesterov(nesterov) {}
 
   void operator()(T& p, T g, T& m, T&, T f) const {
@@ -254,7 +255,8 @@ bool serves(std::initializer_list<TensorList> lists) {
     for (const TensorList list : lists) {
       if (list.empty()) continue;
       const Tensor& tensor = list[i];
-      if (!tensor.device().is_cpu() || tensor.numel() != grad.numel()) return false;
+      if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != grad.numel()) return false;
+      if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) return false;  // a subclass without memory of its own
       if (list.data() != grads.data() && tensor.scalar_type() != own) return false;
       if (!(tensor.is_contiguous() && grad.is_contiguous()) &&
           !(tensor.is_non_overlapping_and_dense() && tensor.strides() == grad.strides()))
@@ -333,23 +335,23 @@ Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList
 }
 
 Tensor adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,
-             double threshold, double scale, at::ArrayRef<double> steps, double lr, double beta1, double beta2,
-             double eps, double weight_decay) {
+             double threshold, double scale, double decay, at::ArrayRef<double> sizes, at::ArrayRef<double> steps,
+             double beta1, double beta2, double eps) {
   return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, [&]<typename T>(int64_t t) {
-    return Adam<T>(steps[t], lr, weight_decay, beta1, beta2, eps);
+    return Adam<T>(steps[t], decay, sizes[t], beta1, beta2, eps);
   });
 }
 
 Tensor lion_(TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& strengths, double threshold,
-             double scale, double lr, double beta1, double beta2, double weight_decay) {
+             double scale, double decay, double size, double beta1, double beta2) {
   return update(params, grads, exp_avgs, {}, strengths, threshold, scale,
-                [&]<typename T>(int64_t) { return Lion<T>(lr, weight_decay, beta1, beta2); });
+                [&]<typename T>(int64_t) { return Lion<T>(decay, size, beta1, beta2); });
 }
 
 Tensor sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& strengths, double threshold,
-            double scale, double lr, double momentum, bool nesterov, double weight_decay) {
+            double scale, double decay, double size, double momentum, bool nesterov) {
   return update(params, grads, momentum_buffers, {}, strengths, threshold, scale,
-                [&]<typename T>(int64_t) { return Sgd<T>(lr, weight_decay, momentum, nesterov); });
+                [&]<typename T>(int64_t) { return Sgd<T>(decay, size, momentum, nesterov); });
 }
 
 }  // namespace
@@ -358,14 +360,14 @@ TORCH_LIBRARY(alphaadam, library) {
   library.def("count(Tensor[] grads, Tensor[] moments, float threshold, float scale, bool norms) -> (Tensor, Tensor)");
   library.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor strengths, "
-      "float threshold, float scale, float[] steps, float lr, float beta1, float beta2, float eps, float weight_decay)"
+      "float threshold, float scale, float decay, float[] sizes, float[] steps, float beta1, float beta2, float eps)"
       " -> Tensor");
   library.def(
       "lion_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor strengths, float threshold, "
-      "float scale, float lr, float beta1, float beta2, float weight_decay) -> Tensor");
+      "float scale, float decay, float size, float beta1, float beta2) -> Tensor");
   library.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor strengths, float threshold, "
-      "float scale, float lr, float momentum, bool nesterov, float weight_decay) -> Tensor");
+      "float scale, float decay, float size, float momentum, bool nesterov) -> Tensor");
 }
 
 // For tensors of every device, so that a list that is not all on the CPU is told so, too.

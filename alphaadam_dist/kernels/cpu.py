@@ -87,15 +87,18 @@ def update(
 
 
 def _adam(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
-    return steps, float(of["lr"]), *of["betas"], of["eps"], of["weight_decay"]
+    assert steps is not None
+    lr, (beta1, beta2) = of["lr"], of["betas"]
+    decay, sizes = rule.decay_of(lr, of["weight_decay"]), rule.sizes_of(lr, beta1, steps)
+    return decay, sizes, steps, beta1, beta2, of["eps"]
 
 
 def _lion(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
-    return float(of["lr"]), *of["betas"], of["weight_decay"]
+    return rule.decay_of(of["lr"], of["weight_decay"]), rule.size_of(of["lr"]), *of["betas"]
 
 
 def _sgd(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
-    return float(of["lr"]), of["momentum"], of["nesterov"], of["weight_decay"]
+    return rule.decay_of(of["lr"], of["weight_decay"]), rule.size_of(of["lr"]), of["momentum"], of["nesterov"]
 
 
 _KERNELS = {rule.adam_: ("adam_", _adam), rule.lion_: ("lion_", _lion), rule.sgd_: ("sgd_", _sgd)}

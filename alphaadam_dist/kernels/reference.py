@@ -1,6 +1,7 @@
 """The reference kernels: rule.py over lists of local shards, for any device, dtype and direction.
 
-A list holds one tensor per shard, all on one device. Nothing here knows of ranks or reads a device value on the host.
+A list holds one tensor per shard, all on one device. A gradient of another dtype than its moment is
+converted to that first. Nothing here knows of ranks or reads a device value on the host.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ def count(
     """Agreeing and conflicting coordinates of each shard: int64 of shape (n, 2). Mutates nothing.
 
     Args:
-        scale: a number or 0-dim tensor that makes ``grads`` true gradients: each is converted to its moment's dtype
-            and multiplied by it, the same float operations an unscaling in place would do. None: they are.
-        norms: return the squared L2 norm of each gradient as given, too: float64 of shape (n,).
+        scale: a number or 0-dim tensor that makes ``grads`` true gradients: each is multiplied by it, the same float
+            operation an unscaling in place would do. None: they are.
+        norms: return the squared L2 norm of each gradient before scaling, too: float64 of shape (n,).
     """
-    if not grads:
-        return torch.zeros((0, 2), dtype=torch.int64), torch.zeros(0, dtype=torch.float64) if norms else None
     rows = []
     for grad, momentum in zip(grads, momenta, strict=True):
         agree, conflict = rule.classify(_true(grad, scale, momentum.dtype), momentum, threshold)
         rows.append(torch.stack((agree.sum(), conflict.sum())))
-    return torch.stack(rows), squared_norms(grads) if norms else None
+    return _stacked(rows), squared_norms(grads, momenta) if norms else None
 
 
-def squared_norms(grads: Sequence[Tensor]) -> Tensor:
-    """Squared L2 norm of each shard's gradient: float64 of shape (n,). Mutates nothing."""
-    if not grads:
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads])
+def squared_norms(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> Tensor:
+    """Squared L2 norm of each shard's gradient in the dtype of its moment: float64 of shape (n,). Mutates nothing."""
+    norms = [
+        torch.linalg.vector_norm(grad.to(momentum.dtype), dtype=torch.float64)
+        for grad, momentum in zip(grads, momenta, strict=True)
+    ]
+    return torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def update(
@@ -70,21 +71,25 @@ def update(
         hyperparameters: the direction's others, by name.
     """
     rows = []
+    strengths = strengths.to(params[0].device) if params else strengths
     for i, (param, given, *own) in enumerate(zip(params, grads, *moments, strict=True)):
-        grad = _true(given, scale, given.dtype)
+        grad = _true(given, scale, own[0].dtype)
         agree, conflict = rule.classify(grad, own[0], threshold)
         f = rule.factor(agree, conflict, strengths[i, 0], strengths[i, 1], grad.dtype)
         step = {} if steps is None else {"step": steps[i]}
         direction(param, grad, *own, f, **step, **hyperparameters)
         if counting:
             rows.append(torch.stack((agree.sum(), conflict.sum())))
-    if not counting:
-        return None
-    return torch.stack(rows) if rows else torch.zeros((0, 2), dtype=torch.int64)
+    return _stacked(rows) if counting else None
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros((0, 2), dtype=torch.int64, device="cpu")
 
 
 def _true(grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:
     """The true gradient in ``dtype``."""
+    grad = grad.to(dtype)
     if scale is None:
         return grad
-    return grad.to(dtype) * (scale.to(grad.device, dtype) if isinstance(scale, Tensor) else scale)
+    return grad * (scale.to(grad.device, dtype) if isinstance(scale, Tensor) else scale)

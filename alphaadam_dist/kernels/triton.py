@@ -11,6 +11,7 @@ the reference kernels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import rule
+from ..tensors import has_memory
 from . import reference
+from .build import Unavailable
 
 CHUNK = 2**16  # elements a program takes
 BLOCK = 2**10  # of them at a time
@@ -165,6 +168,25 @@ def _update(
         tl.atomic_add(counts + 2 * tensor + 1, conflict)
 
 
+@functools.cache
+def load() -> None:
+    """Launch a kernel, to learn whether Triton can compile here.
+
+    Raises:
+        Unavailable: no compiler for what it launches with, no cache folder to write to, a GPU that it does not know.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    try:
+        one = torch.ones(1, device="cuda")
+        count([one], [one], threshold=0.0, scale=None)
+    except Exception as error:  # Triton raises whatever the compiler, the driver or the file system gave it
+        raise Unavailable(
+            f"Triton cannot compile kernels here ({type(error).__name__}: {error}): install gcc, and set "
+            "TRITON_CACHE_DIR to a folder of your own where the home folder cannot be written to"
+        ) from error
+
+
 def count(
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -181,12 +203,13 @@ def count(
     counts = torch.zeros((len(grads), 2), dtype=torch.int64, device=device)
     squares = torch.zeros(launch.programs if norms else 0, dtype=torch.float64, device=device)
     if launch.programs:
-        _count[(launch.programs,)](
-            launch.work, launch.table, launch.numels, len(grads), _scalar(scale, device), _scalar(threshold, device),
-            counts, squares,
-            G=_TYPES[grads[0].dtype], T=_TYPES[momenta[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
-            NORMS=norms, ALIGNED=launch.aligned, CHUNK=CHUNK, BLOCK=BLOCK, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(counts):  # Triton launches on the current device, and a process may have several
+            _count[(launch.programs,)](
+                launch.work, launch.table, launch.numels, len(grads), _scalar(scale, device),
+                _scalar(threshold, device), counts, squares,
+                G=_TYPES[grads[0].dtype], T=_TYPES[momenta[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
+                NORMS=norms, ALIGNED=launch.aligned, CHUNK=CHUNK, BLOCK=BLOCK, enable_fp_fusion=False,
+            )  # fmt: skip
     return counts, torch.segment_reduce(squares, "sum", lengths=launch.programs_of) if norms else None
 
 
@@ -223,13 +246,14 @@ def update(
     strengths = strengths.to(device)
     assert strengths.stride(1) == 1
     if launch.programs:
-        _update[(launch.programs,)](
-            launch.work, launch.table, launch.numels, len(params), _scalar(scale, device), _scalar(threshold, device),
-            strengths, strengths.stride(0), numbers, counts,
-            DIRECTION=which, NESTEROV=bool(hyperparameters.get("nesterov")), COLUMNS=numbers.shape[1],
-            G=_TYPES[grads[0].dtype], T=_TYPES[params[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
-            COUNTING=counting, ALIGNED=launch.aligned, CHUNK=CHUNK, BLOCK=BLOCK, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(counts):  # as in count
+            _update[(launch.programs,)](
+                launch.work, launch.table, launch.numels, len(params), _scalar(scale, device),
+                _scalar(threshold, device), strengths, strengths.stride(0), numbers, counts,
+                DIRECTION=which, NESTEROV=bool(hyperparameters.get("nesterov")), COLUMNS=numbers.shape[1],
+                G=_TYPES[grads[0].dtype], T=_TYPES[params[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
+                COUNTING=counting, ALIGNED=launch.aligned, CHUNK=CHUNK, BLOCK=BLOCK, enable_fp_fusion=False,
+            )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *(tensor for tensors in moments for tensor in tensors)])
     return counts if counting else None
 
@@ -238,25 +262,25 @@ Column = Tensor | float | list[float]
 
 
 def _adam(steps: Any, of: Mapping[str, Any]) -> list[Column]:
-    (beta1, beta2), lr = of["betas"], of["lr"]
+    (beta1, beta2), lr, decay = of["betas"], of["lr"], of["weight_decay"]
+    constant: list[Column] = [1 - beta1, beta2, 1 - beta2, of["eps"]]
     if isinstance(steps, Tensor):  # capturable: what depends on t is computed on the device
-        t = steps.double()
-        size: Column = -lr / (1 - beta1**t)
-        root: Column = (1 - beta2**t).sqrt()
-    else:
-        lr = float(lr)
-        size = [-(lr / (1 - beta1**t)) for t in steps]
-        root = [(1 - beta2**t) ** 0.5 for t in steps]
-    return [1 - lr * of["weight_decay"], size, root, 1 - beta1, beta2, 1 - beta2, of["eps"]]
+        t, lr = steps.double(), rule.rate(lr)
+        correction = 1 - beta1**t
+        size = -(lr / (correction.to(lr.dtype) if isinstance(lr, Tensor) else correction))
+        return [1 - lr * decay, size, (1 - beta2**t).sqrt(), *constant]
+    roots: Column = [(1 - beta2**t) ** 0.5 for t in steps]
+    return [rule.decay_of(lr, decay), rule.sizes_of(lr, beta1, steps), roots, *constant]
 
 
 def _lion(steps: Any, of: Mapping[str, Any]) -> list[Column]:
-    (beta1, beta2), lr = of["betas"], of["lr"]
+    (beta1, beta2), lr = of["betas"], rule.rate(of["lr"])
     return [1 - lr * of["weight_decay"], -lr, 1 - beta1, 1 - beta2]
 
 
 def _sgd(steps: Any, of: Mapping[str, Any]) -> list[Column]:
-    return [1 - of["lr"] * of["weight_decay"], -of["lr"], of["momentum"]]
+    lr = rule.rate(of["lr"])
+    return [1 - lr * of["weight_decay"], -lr, of["momentum"]]
 
 
 _KERNELS = {rule.adam_: (_ADAM, _adam), rule.lion_: (_LION, _lion), rule.sgd_: (_SGD, _sgd)}
@@ -270,7 +294,7 @@ def _columns(columns: list[Column], rows: int, device: torch.device) -> Tensor:
         assert len(tensors) == len(columns)
         return torch.stack([tensor.reshape(-1).expand(rows) for tensor in tensors], dim=1)
     by_column = [column if isinstance(column, list) else [column] * rows for column in columns]
-    return _sent(torch.tensor(by_column, dtype=torch.float64).t().contiguous(), device)
+    return _sent(torch.tensor(by_column, dtype=torch.float64, device="cpu").t().contiguous(), device)
 
 
 @dataclass(frozen=True)
@@ -306,10 +330,12 @@ def _launch(lists: Sequence[Sequence[Tensor]]) -> _Launch:
         _launches[key] = _Launch(
             programs=len(rows),
             aligned=all(pointer % 16 == 0 for pointer in pointers),
-            work=_sent(torch.tensor(rows, dtype=torch.int64).reshape(-1, 2), device),
-            table=_sent(torch.tensor(pointers, dtype=torch.int64).view(len(lists), -1), device),
-            numels=_sent(torch.tensor(numels, dtype=torch.int64), device),
-            programs_of=_sent(torch.tensor([-(-numel // CHUNK) for numel in numels], dtype=torch.int64), device),
+            work=_sent(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 2), device),
+            table=_sent(torch.tensor(pointers, dtype=torch.int64, device="cpu").view(len(lists), -1), device),
+            numels=_sent(torch.tensor(numels, dtype=torch.int64, device="cpu"), device),
+            programs_of=_sent(
+                torch.tensor([-(-numel // CHUNK) for numel in numels], dtype=torch.int64, device="cpu"), device
+            ),
         )
     return _launches[key]
 
@@ -326,14 +352,19 @@ def _scalar(value: Tensor | float | None, device: torch.device) -> Tensor:
 
 
 def _serves(grads: Sequence[Tensor], *own: Sequence[Tensor]) -> bool:
-    """All of one device, each list of one dtype that the kernels take, all tensors runs of memory in the same order."""
+    """All of one device, each list of one dtype that the kernels take, all tensors runs of memory in the same order.
+
+    A tensor subclass may have no memory of its own.
+    """
     if not grads:
         return False
     device, grad_type, state_type = grads[0].device, grads[0].dtype, own[0][0].dtype
     if grad_type not in _TYPES or state_type not in _STATE_TYPES:
         return False
+    if not all(has_memory(tensor) for tensors in (grads, *own) for tensor in tensors):
+        return False
     for grad, *tensors in zip(grads, *own, strict=True):
-        if grad.dtype != grad_type or grad.device != device:
+        if grad.dtype != grad_type or grad.device != device or grad.is_neg():  # memory has the other sign then
             return False
         for tensor in tensors:
             if tensor.dtype != state_type or tensor.device != device or tensor.numel() != grad.numel():

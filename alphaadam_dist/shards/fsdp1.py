@@ -45,7 +45,7 @@ def missing_names() -> list[str]:
 
     if MARKS["original"] != _common_utils.FSDP_FLATTENED:
         missing.append(f"the mark {MARKS['original']!r}")
-    probe = torch.zeros(0)
+    probe = torch.zeros(0, device="cpu")
     setattr(probe, MARKS["flat"], True)
     if not isinstance(probe, _flat_param.FlatParameter):
         missing.append(f"the mark {MARKS['flat']!r}")

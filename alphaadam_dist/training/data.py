@@ -96,7 +96,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
     longest = max(len(row["input_ids"]) for row in rows)
     padded = {
-        key: torch.tensor([row[key] + [filling] * (longest - len(row[key])) for row in rows])
+        key: torch.tensor([row[key] + [filling] * (longest - len(row[key])) for row in rows], device="cpu")
         for key, filling in (("input_ids", 0), ("labels", -100), ("position_ids", 0))
         if key in rows[0]
     }

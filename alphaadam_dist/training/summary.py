@@ -31,7 +31,7 @@ def print_losses(console: Console, logs: dict[str, list[Entry]]) -> None:
     for name, entries in logs.items():
         loss = held_out[name]
         train = [entry["loss"] for entry in entries if "loss" in entry]
-        perplexity = torch.tensor(loss).exp().item()
+        perplexity = torch.tensor(loss, device="cpu").exp().item()
         row = [name, f"{loss:.4f}", f"{perplexity:.1f}", f"{train[-1]:.4f}", str(entries[-1]["step"])]
         if None not in before.values():
             row.insert(1, f"{before[name]:.4f}")

@@ -67,7 +67,7 @@ class Llama(nn.Module):
         with torch.no_grad():
             for param in self.parameters():
                 if param.ndim > 1:
-                    param.copy_(0.1 * torch.randn(param.shape, generator=generator))
+                    param.copy_(0.1 * torch.randn(param.shape, generator=generator, device="cpu"))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -94,8 +94,8 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 def token_batches(steps: int, batch: int, *, length: int = 16, vocabulary: int = 67, seed: int = 1) -> Tensor:
     """Token ids, (steps, batch, length) on the CPU: most are their predecessor plus three, so they can be learnt."""
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(vocabulary, (steps, batch, 1), generator=generator)
-    tokens = (first + 3 * torch.arange(length)) % vocabulary
-    noise = torch.rand(tokens.shape, generator=generator) < 0.2
-    tokens[noise] = torch.randint(vocabulary, (int(noise.sum()),), generator=generator)
+    first = torch.randint(vocabulary, (steps, batch, 1), generator=generator, device="cpu")
+    tokens = (first + 3 * torch.arange(length, device="cpu")) % vocabulary
+    noise = torch.rand(tokens.shape, generator=generator, device="cpu") < 0.2
+    tokens[noise] = torch.randint(vocabulary, (int(noise.sum()),), generator=generator, device="cpu")
     return tokens

@@ -14,6 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -306,13 +307,19 @@ def optimizer_states(saved: Any) -> Iterator[dict[str, Any]]:
                 yield held
 
 
-def unscale_factor(zero: Any, total_norm: Any) -> Tensor | float:
-    """What ``unscale_and_clip_grads`` multiplies gradients by, from the same float operations."""
-    combined: Any = zero.loss_scale
-    if zero.clip_grad > 0.0:
-        clip = ((total_norm / zero.loss_scale) + 1e-6) / zero.clip_grad
-        combined = clip.clamp(min=1.0) * zero.loss_scale
-    return 1.0 / combined
+def unscale_factor(zero: Any, total_norm: Any) -> Tensor:
+    """What ``unscale_and_clip_grads`` multiplies gradients by, also where the norm is invalid: what it makes of a 1."""
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        one = zero.fp32_partitioned_groups_flat[0].new_ones(())
+        flat = SimpleNamespace(grad=one)
+        given = SimpleNamespace(
+            loss_scale=zero.loss_scale, clip_grad=zero.clip_grad, fp32_partitioned_groups_flat=[flat]
+        )
+        DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads(given, 0, total_norm)
+    else:
+        one = zero.single_partition_of_fp32_groups[0].new_ones(())
+        DeepSpeedZeroOptimizer.unscale_and_clip_grads(zero, [one], total_norm)
+    return one
 
 
 def free_shared_memory() -> None:

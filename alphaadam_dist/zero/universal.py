@@ -124,7 +124,7 @@ def read(folder: Path) -> Universal:
     return Universal(
         folder=folder,
         shapes=shapes,
-        steps={name: torch.as_tensor(step, dtype=torch.float32) for name, step in steps.items()},
+        steps={name: torch.as_tensor(step, dtype=torch.float32, device="cpu") for name, step in steps.items()},
         others=_others(ranks, shapes),
         tied=dict(first["shared_params"]),
         groups=groups,

@@ -48,7 +48,7 @@ def taken(regime: str, steps: int = 3, fused: Any = None, **options: Any) -> lis
     for gradients in given_gradients(steps):
         given.give(model, gradients)
         optimizer.step()
-        seen.append(optimizer._kernels([torch.zeros(1)]).__name__.rpartition(".")[2])
+        seen.append(optimizer._kernels(torch.zeros(1)).__name__.rpartition(".")[2])
         optimizer.zero_grad()
     return seen
 
@@ -217,7 +217,7 @@ def at_stage_zero(without: int) -> tuple[str, bool]:
         patch.setattr(agreement, "say", lambda *args: None)  # only what deepspeed.initialize asks
         started = engine.start(Given(), engine.config(0), {}, client=True, optimizer="AlphaAdam")
         optimizer = started.basic_optimizer
-        result = optimizer._kernels([torch.zeros(1)]).__name__.rpartition(".")[2], optimizer._run.layout.group is None
+        result = optimizer._kernels(torch.zeros(1)).__name__.rpartition(".")[2], optimizer._run.layout.group is None
         started.destroy()
         return result
 

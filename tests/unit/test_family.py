@@ -17,7 +17,7 @@ from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
 
 from ..family import AlphaSignum
-from .problems import Twin, gradients, memory_of, parameters_of, same_bits, step_with, tensors
+from .problems import SHAPES, Twin, gradients, memory_of, parameters_of, same_bits, step_with, tensors
 
 KINDS: dict[str, tuple[type[AlphaOptimizer], dict[str, Any]]] = {
     "lion": (AlphaLion, {"betas": (0.8, 0.95)}),
@@ -74,13 +74,41 @@ def test_the_rule_bitwise(kind: str, mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gamma_one_without_decay_is_sgd_bitwise(nesterov: bool, dtype: torch.dtype) -> None:
+    """In 16 bits torch's own result depends on whether an element fills a vector, so there they all do."""
+    if dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("torch has no 16-bit vectors for this processor")
+    shapes = SHAPES if dtype.itemsize > 2 else [(64,), (128, 3), (2, 64)]
     own: dict[str, Any] = {"lr": torch.tensor(1e-2), "momentum": 0.9, "nesterov": nesterov}
-    ours = AlphaSGD([nn.Parameter(p) for p in tensors(0, dtype)], gamma=1.0, **own)
-    theirs = torch.optim.SGD([nn.Parameter(p) for p in tensors(0, dtype)], foreach=False, fused=False, **own)
-    steps = gradients(10, dtype, absent=0.2)
+    ours = AlphaSGD([nn.Parameter(p) for p in tensors(0, dtype, shapes)], gamma=1.0, **own)
+    theirs = torch.optim.SGD([nn.Parameter(p) for p in tensors(0, dtype, shapes)], foreach=False, fused=False, **own)
+    steps = gradients(10, dtype, shapes, absent=0.2)
     run(ours, steps)
     run(theirs, steps)
     assert same(ours, theirs)
+
+
+def sixteenths(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers whose squares add up to the same sum in any order."""
+    return (tensor * 16).round().div(16).to(dtype)
+
+
+@kinds
+@pytest.mark.parametrize("mode", ["exact", "clipped", "delayed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_parameter_may_be_cut_anywhere(kind: str, mode: str, dtype: torch.dtype) -> None:
+    """One parameter, and the same as seven: every bit and every count is the same."""
+    optimizer, own = KINDS[kind]
+    ended = []
+    for pieces in ([300], [1, 31, 5, 100, 33, 67, 63]):
+        params = [nn.Parameter(part) for part in sixteenths(tensors(0, shapes=[(300,)])[0], dtype).split(pieces)]
+        cut = optimizer(params, lr=0.03, weight_decay=0.1, **own, **MODES[mode])
+        for (grad,) in gradients(8, shapes=[(300,)]):
+            assert grad is not None
+            step_with(cut, sixteenths(grad, dtype).split(pieces))
+        states = [torch.cat([cut.state[p][name] for p in params]) for name in cut.moments]
+        ended.append(([torch.cat(list(params)).detach(), *states], memory_of(cut)))
+    assert ended[0][1] == ended[1][1]
+    assert all(same_bits(a, b) for a, b in zip(ended[0][0], ended[1][0], strict=True))
 
 
 def test_lion_moves_by_nothing_the_learning_rate_or_alpha_times_it() -> None:

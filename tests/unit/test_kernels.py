@@ -193,7 +193,7 @@ def test_fake_tensors_get_shapes() -> None:
         assert counts.shape == (2, 2)
         assert norms.shape == (2,)
         strengths = torch.empty((2, 2), dtype=torch.float64)
-        assert torch.ops.alphaadam.lion_(tensors, tensors, tensors, strengths, 0.0, 1.0, 0.1, 0.9, 0.9, 0.0).shape == (
+        assert torch.ops.alphaadam.lion_(tensors, tensors, tensors, strengths, 0.0, 1.0, 1.0, -0.1, 0.9, 0.9).shape == (
             2,
             2,
         )
@@ -242,6 +242,31 @@ def test_the_optimizers_step_as_on_the_reference(kind: type, options: dict[str, 
     assert runs[0][0] == runs[1][0]
     for ours, theirs in zip(runs[0][1], runs[1][1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_param", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [AlphaAdam, AlphaLion, AlphaSGD])
+def test_a_tensor_rate_is_one_number_on_all_kernels(kind: type, of_param: torch.dtype, dtype: torch.dtype) -> None:
+    """Also the decay's, which is lost where it is computed in 16 bits; and torch's own where torch computes in more."""
+    lr = torch.tensor(0.01, dtype=dtype)
+    ended = []
+    for fused, rate in ((False, lr), (True, lr), *([(True, float(lr))] if dtype.itemsize == 2 else [])):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(50, generator=generator, dtype=of_param)) for _ in range(2)]
+        optimizer = kind(params, lr=rate, weight_decay=0.1, fused=fused)
+        for _ in range(5):
+            params[0].grad = torch.zeros(50, dtype=of_param)  # decays, and that is all
+            params[1].grad = torch.randn(50, generator=generator, dtype=of_param)
+            optimizer.step()
+        ended.append(params)
+    for decayed, stepped in ended[1:]:
+        assert torch.equal(decayed, ended[0][0])
+        if kind is AlphaAdam:  # but for torch's sqrt
+            rounding = 8 * torch.finfo(of_param).eps
+            torch.testing.assert_close(stepped, ended[0][1], rtol=rounding, atol=rounding)
+        else:
+            assert torch.equal(stepped, ended[0][1])
 
 
 # ---- which kernels, and where they come from
@@ -305,7 +330,7 @@ generator = torch.Generator().manual_seed(0)
 p, g, m, v = (torch.randn(40_003, generator=generator) for _ in range(4))
 v = v.abs()
 strengths = torch.tensor([[1.9, 0.1]], dtype=torch.float64)
-counts = torch.ops.alphaadam.adam_([p], [g], [m], [v], strengths, 0.1, 0.7, [3.0], 0.01, 0.9, 0.999, 1e-8, 0.1)
+counts = torch.ops.alphaadam.adam_([p], [g], [m], [v], strengths, 0.1, 0.7, 0.999, [-0.037], [3.0], 0.9, 0.999, 1e-8)
 print(counts.tolist(), *(int(t.view(torch.int32).long().sum()) for t in (p, m, v)))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -223,6 +224,66 @@ def test_update_with_f_one_is_adamw_bitwise(
         assert same_bits(param, theirs.data)
         assert same_bits(exp_avg, adamw.state[theirs]["exp_avg"])
         assert same_bits(exp_avg_sq, adamw.state[theirs]["exp_avg_sq"])
+
+
+DIRECTIONS: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "adam": (rule.adam_, 2, {"step": 3.0, "betas": (0.9, 0.999), "eps": 1e-8}),
+    "lion": (rule.lion_, 1, {"betas": (0.9, 0.99)}),
+    "sgd": (rule.sgd_, 1, {"momentum": 0.9, "nesterov": False}),
+    "nesterov": (rule.sgd_, 1, {"momentum": 0.9, "nesterov": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_no_bit_depends_on_where_an_element_lies(direction: str, dtype: torch.dtype) -> None:
+    """torch computes what fills a vector and what is left over in two ways; in 16 bits they round differently."""
+    function, moments, own = DIRECTIONS[direction]
+    generator = torch.Generator().manual_seed(4)
+
+    def values() -> Tensor:
+        wide = torch.randn(601, generator=generator, dtype=torch.float64)
+        return (wide * torch.exp2(torch.randint(-5, 6, wide.shape, generator=generator).double())).to(dtype)
+
+    def updated(size: int, strided: bool) -> list[Tensor]:
+        mutated = [t.clone() for t in (param, *held)]
+        for part in torch.arange(len(param)).split(size):
+            of_part = [t[part].repeat_interleave(2)[::2] if strided else t[part] for t in mutated]
+            function(of_part[0], grad[part], *of_part[1:], f[part], **hyperparameters)
+            for t, new in zip(mutated, of_part, strict=True):
+                t[part] = new
+        return mutated
+
+    param, grad, held = values(), values(), [values().abs() for _ in range(moments)]
+    f = torch.where(torch.rand(601, generator=generator) < 0.5, 1.7, 0.1).to(dtype)
+    hyperparameters = {"lr": 0.03, "weight_decay": 0.1, **own}
+    whole = updated(len(param), False)
+    for size, strided in ((5, False), (33, False), (len(param), True)):
+        assert all(same_bits(a, b) for a, b in zip(whole, updated(size, strided), strict=True)), (size, strided)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scaled_sum_in_16_bits_is_rounded_once(dtype: torch.dtype) -> None:
+    """The scale is rounded as torch rounds it, then the sum: fractions say to what."""
+    generator = torch.Generator().manual_seed(6)
+    into, tensor = (torch.randn(500, generator=generator).to(dtype) for _ in range(2))
+    scale = torch.tensor(-0.0123, dtype=torch.float64).to(dtype)
+    exact = [
+        Fraction(a) + Fraction(float(scale)) * Fraction(b) for a, b in zip(into.tolist(), tensor.tolist(), strict=True)
+    ]
+    # a float64 holds these sums of two numbers of 11 bits and of 22 without rounding
+    assert all(Fraction(float(one)) == one for one in exact)
+    expected = torch.tensor([float(one) for one in exact], dtype=torch.float64).to(dtype)
+    assert same_bits(rule.add_scaled_(into, tensor, -0.0123), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_a_tensor_rate_of_other_dtypes_is_its_number(dtype: torch.dtype) -> None:
+    """1 - lr * decay is not computed in 8 bits."""
+    lr = torch.tensor(2.0**-8 if dtype.is_floating_point else 1, dtype=dtype)
+    assert rule.decay_of(lr, 0.1) == 1 - float(lr) * 0.1
+    assert rule.size_of(lr, 0.3) == -(float(lr) / 0.3)
+    assert rule.sizes_of(lr, 0.9, [1.0, 2.0, 1.0]) == [-(float(lr) / (1 - 0.9**t)) for t in (1.0, 2.0, 1.0)]
 
 
 def test_update_multiplies_the_direction_and_nothing_else() -> None:

@@ -22,6 +22,7 @@ from alphaadam_dist import options as options_module
 from alphaadam_dist.kernels import cpu, reference
 
 from .test_kernels import DIRECTIONS, case, options_of_update, placed, same, sizes
+from .test_tensors import Cast
 
 kernels = pytest.importorskip("alphaadam_dist.kernels.triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,6 +101,35 @@ def test_a_list_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert launches == [(300,)]
     assert all(param[0] < 1 for param in params)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_numbers_of_a_tensor_rate_are_the_rules(direction: str, dtype: torch.dtype, capturable: bool) -> None:
+    function, _, own = DIRECTIONS[direction]
+    lr = torch.tensor(0.0123, dtype=dtype)
+    steps = [1.0, 7.0] if "adam" in direction else None
+    given: Any = torch.tensor(steps, dtype=torch.float32) if steps and capturable else steps
+    columns = kernels._KERNELS[function][1](given, {**own, "lr": lr})
+    table = kernels._columns(columns, 2, torch.device("cpu"))
+    sizes = [rule.size_of(lr)] * 2 if steps is None else rule.sizes_of(lr, own["betas"][0], steps)
+    assert table[:, 0].tolist() == [rule.decay_of(lr, own["weight_decay"])] * 2
+    assert table[:, 1].tolist() == sizes
+
+
+@pytest.mark.parametrize("odd", [Cast, lambda held: torch._neg_view(-held)], ids=["subclass", "lazy negation"])
+def test_a_gradient_whose_values_lie_elsewhere_goes_to_the_reference(odd: Any) -> None:
+    """A subclass may have no address, and the memory of a lazy negation has the other sign."""
+    ended = []
+    for update, wrap in ((reference.update, lambda held: held), (kernels.update, odd)):
+        params, grads, momenta = ([torch.randn(40, generator=torch.Generator().manual_seed(i))] for i in range(3))
+        options = options_of_update("lion", 1, 0.0, None)
+        counts = update(rule.lion_, params, [wrap(grads[0])], [momenta], **options)
+        assert counts is not None
+        ended.append((counts.tolist(), params[0], momenta[0]))
+    assert ended[0][0] == ended[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(ended[0][1:], ended[1][1:], strict=True))
 
 
 class NoWaiting(TorchDispatchMode):

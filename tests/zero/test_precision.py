@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models import Given
 from tests.ranks import Ranks
 from tests.zero import engine
 from tests.zero.test_equality import OPTIONS, assert_equal
@@ -70,6 +71,40 @@ def test_threshold_at_loss_scale_65536_with_clipping(ranks2: Ranks, mode: str) -
 
     raw = ranks2.run(with_raw_gradients, config, options, shrink=shrink)
     assert raw[0]["seen"] != alone["seen"]
+
+
+def factors(config: dict[str, Any], norms: list[float]) -> list[tuple[float, float]]:
+    """For each norm what DeepSpeed multiplies a gradient of 1 by, and what counting multiplies it by."""
+    from alphaadam_dist.zero import internals
+
+    started = engine.start(Given(), config, {}, client=True, optimizer="AlphaAdam")
+    zero, seen = started.optimizer, []
+    for norm in norms:
+        total = torch.tensor(norm)
+        if started.zero_optimization_stage() == 3:
+            flat = zero.fp32_partitioned_groups_flat[0]
+            flat.grad = torch.ones_like(flat)
+            type(zero).unscale_and_clip_grads(zero, 0, total)
+            theirs, flat.grad = float(flat.grad[0]), None
+        else:
+            grad = torch.ones(3)
+            type(zero).unscale_and_clip_grads(zero, [grad], total)
+            theirs = float(grad[0])
+        seen.append((theirs, float(internals.unscale_factor(zero, total))))
+    started.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_factor_is_deepspeeds_for_every_norm(ranks2: Ranks, dtype: str, stage: int, clip: float) -> None:
+    """Also for an invalid one, which is -1, and which bf16 without a check for overflow lets through."""
+    norms = [0.0, 1e-8, 0.1, 77.7, 3e9, float("inf"), float("nan"), -1.0]
+    for seen in ranks2.run(factors, {**engine.config(stage, dtype), "gradient_clipping": clip}, norms):
+        theirs, ours = zip(*seen, strict=True)
+        assert repr(ours) == repr(theirs)
+        assert clip == 0.0 or len(set(ours)) > 3
 
 
 def with_raw_gradients(*args: Any, **kwargs: Any) -> dict[str, Any]:
