@@ -13,7 +13,7 @@ from ..shards import Shard
 from . import internals, monitor, refusals, universal
 from .rank_files import RankFiles
 from .registration import register
-from .unused import Unused, watch_zero_filled
+from .unused import Unused, check_missed, watch_zero_filled
 
 __all__ = ["attach", "prepare", "register"]
 
@@ -115,6 +115,7 @@ def _watch_loading(
         if files is None or folder:
             for state_dict in saved:
                 optimizer.check_saved(state_dict)
+                check_missed(state_dict)
         else:
             files.check(saved, alone=kwargs.get("load_serial") is not None)
         result = load(*args, **kwargs)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .. import lost
 from ..optimizer import AlphaOptimizer
 from ..shards import Shard
+from .unused import check_missed
 
 PARTITION = "alphaadam_partition"
 """Key of parameter groups: [rank, number of ranks, hash of the parameters' names, hash of how they are divided]."""
@@ -67,6 +68,7 @@ class RankFiles:
         try:
             for state in saved:
                 self._optimizer.check_saved(state)
+                check_missed(state)
         except ValueError as error:
             return str(error)
         groups = [group for state in saved for group in state["param_groups"]]
@@ -74,7 +76,12 @@ class RankFiles:
         return None if theirs is None else _mismatch(theirs, self._mine)
 
 
-def _mismatch(theirs: Sequence[int], mine: Sequence[int]) -> str | None:
+def _mismatch(theirs: Any, mine: Sequence[int]) -> str | None:
+    if not isinstance(theirs, Sequence) or [type(number) for number in theirs] != [int] * 4:
+        return (
+            f"{PARTITION}={theirs!r} in the checkpoint's file for rank {mine[0]}: it must be four whole numbers, as "
+            "they were saved. Load another checkpoint, or remove it from all groups and files"
+        )
     if list(theirs[:2]) != list(mine[:2]):
         return (
             f"the checkpoint's file for rank {mine[0]} of {mine[1]} was written by rank {theirs[0]} of {theirs[1]}: "

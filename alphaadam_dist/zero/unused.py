@@ -101,6 +101,19 @@ class Unused:
             stale.zero_()
 
 
+def check_missed(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError where the missed steps in a saved state are none."""
+    for i, group in enumerate(state_dict["param_groups"]):
+        missed = group.get(MISSED, {})
+        whole = isinstance(missed, Mapping) and all(type(steps) is int and steps >= 0 for steps in missed.values())
+        if not whole:
+            raise ValueError(
+                f"{MISSED}={missed!r} in parameter group {i} of the checkpoint: it must be the number of missed steps "
+                "by the name of the parameter, as it was saved. Load another checkpoint, or remove it from all groups: "
+                "then all parameters go on with the number of updates of those that missed none"
+            )
+
+
 def _without(
     layout: Layout,
     flats: Sequence[Tensor],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from alphaadam_dist.zero.rank_files import PARTITION
+from alphaadam_dist.zero.unused import MISSED
 from tests.models import Given, given_gradients
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
@@ -18,7 +20,7 @@ from tests.zero.test_equality import MODES
 
 pytestmark = pytest.mark.slow
 
-SAVED_IN = ["zero1", "zero1-bf16-fp32-accumulation", "zero2-offload", "zero3-sub-groups"]
+SAVED_IN = ["zero1", "zero2-offload", "zero3-sub-groups"]
 
 
 def save(mode: str, folder: str, seed: int, optimizer: str = "AlphaAdam") -> None:
@@ -55,7 +57,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     torch.save(held, path)
 
 
-@pytest.mark.parametrize("mode", SAVED_IN)
+@pytest.mark.parametrize("mode", [*SAVED_IN, "zero1-bf16-fp32-accumulation"])
 def test_files_that_changed_places(ranks2: Ranks, tmp_path: Path, mode: str) -> None:
     ranks2.run(save, mode, str(tmp_path), 1)
     first, second = rank_files(tmp_path)
@@ -88,6 +90,24 @@ def test_one_rank_with_a_problem_stops_all(ranks2: Ranks, tmp_path: Path) -> Non
     ranks2.run(save, "zero2", str(tmp_path), 1)
     edit(rank_files(tmp_path)[1], lambda group: group.update(amsgrad=True))
     with pytest.raises(RankError, match=r"rank 1 found: the checkpoint has amsgrad=True"):
+        ranks2.run(load, "zero2", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (PARTITION, "all"),
+        (PARTITION, [0, 2]),
+        (MISSED, [1]),
+        (MISSED, {"one": -1}),
+        (MISSED, {"one": "2"}),
+    ],
+    ids=str,
+)
+def test_marks_that_are_damaged_are_named(ranks2: Ranks, tmp_path: Path, key: str, value: Any) -> None:
+    ranks2.run(save, "zero2", str(tmp_path), 1)
+    edit(rank_files(tmp_path)[1], lambda group: group.update({key: value}))
+    with pytest.raises(RankError, match=rf"{key}={re.escape(repr(value))} in .*: it must be"):
         ranks2.run(load, "zero2", str(tmp_path))
 
 
