@@ -37,11 +37,12 @@ class Gathered:
         own = list({id(state): state for state in self.states}.values())
         if capturable:
             torch._foreach_add_([state["step"] for state in own], 1.0)
-            return torch.stack([state["step"] for state in self.states])
+            counted = zip(self.states, self.slots, strict=True)
+            return torch.stack([s["step"] - slot.late if slot.late else s["step"] for s, slot in counted])
         # new tensors: checkpoints may have made parameters share one
         for state, step in zip(own, torch._foreach_add([state["step"] for state in own], 1.0), strict=True):
             state["step"] = step
-        return [state["step"].item() for state in self.states]
+        return [state["step"].item() - slot.late for state, slot in zip(self.states, self.slots, strict=True)]
 
     def owned(self) -> list[Owned]:
         """What this rank counts of it."""

@@ -30,7 +30,7 @@ from .kernels import agreement
 from .kernels.reference import squared_norms
 from .ownership import Layout, build_layout, statistics_device
 from .persistence import Persistent, Run
-from .shards import Shard, clean_name, fsdp1
+from .shards import Shard, clean_names, fsdp1
 from .shards.select import shards_of
 from .tensors import check_kind, check_places, local
 
@@ -411,11 +411,16 @@ class AlphaOptimizer(Persistent):
         return layout
 
     def _named_parameters(self, first_group: int = 0) -> list[tuple[str, Tensor]]:
-        named = []
-        for i, group in list(enumerate(self.param_groups))[first_group:]:
-            names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
-            named += [(clean_name(name), param) for name, param in zip(names, group["params"], strict=True)]
-        return named
+        names = [
+            group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
+            for i, group in enumerate(self.param_groups)
+        ]
+        clean = clean_names(name for of_group in names for name in of_group)
+        return [
+            (clean[name], param)
+            for of_group, group in list(zip(names, self.param_groups, strict=True))[first_group:]
+            for name, param in zip(of_group, group["params"], strict=True)
+        ]
 
     def _shards_of(self, name: str, param: Tensor) -> list[Shard]:
         named = "param_names" in self.param_groups[0]

@@ -32,7 +32,8 @@ EXCHANGE = "handshake (exchange of who holds which shard)"
 class Slot:
     """One run of an optimizer parameter, as the kernels see it: a shard, or the padding between shards.
 
-    ``row`` is the scope it belongs to in the statistics buffer. ``owned`` is whether this rank counts it.
+    ``row`` is the scope it belongs to in the statistics buffer. ``owned`` is whether this rank counts it. ``late`` is
+    how many updates it is behind its optimizer parameter.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Slot:
     row: int
     owned: bool
     whole: bool  # it is the optimizer parameter's whole local tensor, which then needs no cutting
+    late: int = 0
 
 
 @dataclass(frozen=True, eq=False)

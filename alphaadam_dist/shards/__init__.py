@@ -41,11 +41,27 @@ class Shard:
         return self.part == ()
 
 
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+"""What FSDP1, activation checkpointing and torch.compile call the module that they wrap."""
+
+
 def clean_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it, so that it is the same under every wrapper."""
-    for prefix in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(prefix, "")
-    return name.removeprefix("module.")
+    """A parameter's name without the parts that wrappers of modules put into it; DDP's is left to ``clean_names``."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def clean_names(names: Iterable[str]) -> dict[str, str]:
+    """For the names of all parameters of a model the model's own, the same under every wrapper and never two alike.
+
+    DDP calls what it wraps "module", as a model may call a part of itself. So "module." goes only where every name
+    begins with it, as often as that is so, which makes no two names equal. Where two would be equal without what
+    wrappers put into them, all stay as they are.
+    """
+    whole = list(dict.fromkeys(names))
+    cleaned = [clean_name(name) for name in whole]
+    while cleaned and all(name.startswith("module.") for name in cleaned):
+        cleaned = [name.removeprefix("module.") for name in cleaned]
+    return dict(zip(whole, cleaned if len(set(cleaned)) == len(whole) else whole, strict=True))
 
 
 def cut(pieces: Sequence[Tensor], runs: Iterable[tuple[int, int, T]]) -> Iterator[tuple[T, int, Tensor]]:

@@ -59,7 +59,7 @@ def leave(code: int = 0) -> None:
 
     if dist.is_initialized():
         if "deepspeed" in sys.modules:
-            from alphaadam_dist.zero.internals import free_shared_memory
+            from alphaadam_dist.zero.leftovers import free_shared_memory
 
             free_shared_memory()
         dist.destroy_process_group()

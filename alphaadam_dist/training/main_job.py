@@ -1,6 +1,7 @@
 """The main job: train with AlphaAdam, train with AdamW beside it, draw and report."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from alphaadam_dist.training.plots import plot_run
 from alphaadam_dist.training.progress import TrainingProgress
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
 from alphaadam_dist.training.summary import print_losses, print_samples
+from alphaadam_dist.zero import leftovers
 
 PICTURE_NAME = "losses.png"
 
@@ -34,6 +36,8 @@ def train_one(console: Console, run: Path, optimizer: str, settings: Settings) -
     folder = run / optimizer
     folder.mkdir(exist_ok=True)
     line = command(run, optimizer, settings)
+    if not settings.fsdp:
+        leftovers.clear(partial(console.print, highlight=False, markup=False, soft_wrap=True))
     console.print(f"[dim]{escape(shlex.join([Path(line[0]).name, *line[1:]]))}[/dim]", highlight=False, soft_wrap=True)
     log = folder / metrics.FILE_NAME
     # The ranks do the same, but only after a start-up in which the bar would show the steps that were lost.

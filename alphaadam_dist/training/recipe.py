@@ -25,6 +25,7 @@ from alphaadam_dist.training.launch import SIGTERM_CODE, Stopped, free_port
 from alphaadam_dist.training.runs import open_half
 from alphaadam_dist.training.settings import OPTIMIZERS, SavedSettings
 from alphaadam_dist.verify.launch import environment
+from alphaadam_dist.zero import leftovers
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -238,6 +239,8 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
         console = Console()
         try:
             recipe = kind(**values)
+            if recipe.deepspeed is not None:
+                leftovers.clear(console.print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda _: None)
             opened = open_half(recipe.out, recipe.optimizer, recipe.resume, recipe) if first else nullcontext()
             with opened, sigterm_asks() as asked_to_stop:
                 main(recipe, Training(recipe, console, first, asked_to_stop))

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ..shards import clean_name
+from ..shards import clean_names
 from .model import HEADS, Block, Llama
 
 
@@ -84,11 +84,17 @@ def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The whole parameters by their clean names, copied to the CPU. Collective."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            yield from [(clean_name(name), param.detach().cpu().clone()) for name, param in model.named_parameters()]
+            yield from [(name, param.detach().cpu().clone()) for name, param in _named(model)]
         return
-    for name, param in model.named_parameters():
+    for name, param in _named(model):
         whole = param.full_tensor() if isinstance(param, DTensor) else param
-        yield clean_name(name), whole.detach().cpu().clone()
+        yield name, whole.detach().cpu().clone()
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    named = list(model.named_parameters())
+    clean = clean_names(name for name, _ in named)
+    return [(clean[name], param) for name, param in named]
 
 
 def _halves(device: torch.device, names: tuple[str, str]) -> DeviceMesh:

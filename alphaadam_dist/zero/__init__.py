@@ -1,5 +1,9 @@
 """DeepSpeed: everything that touches it is in this folder.
 
-``internals`` is the one place that knows its private names, ``refusals`` says what is not served, ``attach`` makes
-``deepspeed.initialize`` count the whole model.
+``registration`` waits for DeepSpeed to be imported, ``internals`` is the one place that knows its private names,
+``refusals`` says what is not served, ``attach`` makes ``deepspeed.initialize`` count the whole model.
 """
+
+from .registration import register
+
+__all__ = ["register"]

@@ -1,93 +1,33 @@
-"""Makes deepspeed.initialize take our optimizers, from its JSON or as client objects, and count the whole model.
-
-``register`` runs at ``import alphaadam_dist``. It names each optimizer under torch.optim, where DeepSpeed looks up the
-type in a JSON config, lists it among those that ZeRO supports, and once wraps three methods of the engine: one builds
-the optimizer named in the JSON, one refuses what is not served before DeepSpeed wraps anything around the optimizer,
-and one attaches to that wrapper once it stands.
-"""
+"""Makes an engine's steps count the whole model, once DeepSpeed has wrapped the optimizer."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
 from .. import replicas
 from ..kernels import agreement
 from ..optimizer import AlphaOptimizer
 from ..ownership import Layout, build_layout, statistics_device
-from . import internals, json_config, monitor, refusals, universal
+from ..shards import Shard
+from . import internals, monitor, refusals, universal
+from .rank_files import RankFiles
+from .registration import register
+from .unused import Unused, check_missed, watch_zero_filled
+
+__all__ = ["attach", "prepare", "register"]
 
 
-def register(*kinds: type[AlphaOptimizer]) -> None:
-    """Register optimizer classes with DeepSpeed, under their names. What is registered already stays as it is."""
-    missing = internals.missing_names()
-    if missing:
-        _refuse_later(kinds, missing)
-        return
-    for kind in kinds:
-        if getattr(torch.optim, kind.__name__, None) is not kind:
-            setattr(torch.optim, kind.__name__, kind)
-            ZERO_SUPPORTED_OPTIMIZERS.append(kind)
-    _wrap_engine()
+def prepare(engine: Any, optimizer: AlphaOptimizer, *, supported: bool) -> None:
+    """Before DeepSpeed wraps an optimizer. Raises ValueError where the result would not be exact.
 
-
-@functools.cache
-def _wrap_engine() -> None:
-    engine_class = internals.DeepSpeedEngine
-    build, check = engine_class._configure_basic_optimizer, engine_class._do_optimizer_sanity_check
-    configure = engine_class._configure_optimizer
-
-    @functools.wraps(build)
-    def built(engine: Any, model_parameters: Any) -> Any:
-        kind = getattr(torch.optim, engine.optimizer_name(), None)
-        if not (isinstance(kind, type) and issubclass(kind, AlphaOptimizer)):
-            return build(engine, model_parameters)
-        return json_config.build(kind, engine, model_parameters)
-
-    @functools.wraps(check)
-    def checked(engine: Any, basic_optimizer: Any) -> Any:
-        if isinstance(basic_optimizer, AlphaOptimizer):
-            refusals.refuse(engine, basic_optimizer)
-        else:
-            refusals.refuse_swapped(basic_optimizer)
-        return check(engine, basic_optimizer)
-
-    @functools.wraps(configure)
-    def configured(engine: Any, *args: Any, **kwargs: Any) -> None:
-        configure(engine, *args, **kwargs)
-        if isinstance(engine.basic_optimizer, AlphaOptimizer):
-            attach(engine, engine.basic_optimizer)
-
-    engine_class._configure_basic_optimizer = built
-    engine_class._do_optimizer_sanity_check = checked
-    engine_class._configure_optimizer = configured
-
-
-def _refuse_later(kinds: Sequence[type[AlphaOptimizer]], missing: list[str]) -> None:
-    """DeepSpeed has changed: leave the rest of the package usable, and fail where an optimizer meets an engine."""
-
-    def refuse_type(*args: Any, **kwargs: Any) -> None:
-        raise internals.moved(missing)
-
-    for kind in kinds:
-        setattr(torch.optim, kind.__name__, refuse_type)
-    engine_class = internals.DeepSpeedEngine
-    init = engine_class.__init__
-
-    @functools.wraps(init)
-    def checked_init(engine: Any, *args: Any, **kwargs: Any) -> None:
-        init(engine, *args, **kwargs)
-        if isinstance(getattr(engine, "basic_optimizer", None), AlphaOptimizer) or isinstance(
-            getattr(engine, "optimizer", None), AlphaOptimizer
-        ):
-            raise internals.moved(missing)
-
-    engine_class.__init__ = checked_init
+    ``supported``: DeepSpeed need not be told to allow it.
+    """
+    if supported:
+        internals.allow(type(optimizer))
+    refusals.refuse(engine, optimizer)
 
 
 def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
@@ -100,10 +40,26 @@ def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
     internals.check_instance(engine)
     internals.check_instance(engine.optimizer)
     wrapper = internals.wrapper_of(engine)
-    flats = wrapper.flats()
+    layout, shards, names = _use_layout(engine, optimizer, wrapper)
+    if isinstance(wrapper, internals.InParts):
+        _drive(optimizer, wrapper, Unused(optimizer, wrapper, layout, shards, names))
+    elif isinstance(wrapper, internals.AtOnce):
+        watch_zero_filled(engine, optimizer, wrapper, names)
+    if wrapper.zero is not optimizer:
+        _watch_loading(optimizer, wrapper, shards, names)
+    _watch_groups(engine, optimizer, wrapper)
+    monitor.attach(engine, optimizer)
+
+
+def _use_layout(
+    engine: Any, optimizer: AlphaOptimizer, wrapper: internals.Wrapper
+) -> tuple[Layout, list[list[Shard]], dict[Tensor, str]]:
+    """Give the optimizer its layout: that, what each flat holds, and the parameters' names. Collective as attach is."""
+    flats, names = wrapper.flats(), internals.keys(engine)
+    shards = wrapper.shards(names)
     layout = build_layout(
         flats,
-        wrapper.shards(internals.keys(engine)),
+        shards,
         wrapper.extents(),
         scope=optimizer.defaults["scope"],
         group=wrapper.group,
@@ -113,41 +69,72 @@ def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
     )
     agreement.settle(layout, optimizer.defaults, engine.seq_data_parallel_group)
     replicas.prove(layout, optimizer)
-    optimizer.use_layout(layout, driven=wrapper.in_parts)
-    if wrapper.in_parts:
-        _drive(optimizer, layout, wrapper)
-    if wrapper.zero is not optimizer:
-        _watch_loading(optimizer, wrapper.zero)
-    monitor.attach(engine, optimizer)
+    optimizer.use_layout(layout, driven=isinstance(wrapper, internals.InParts))
+    return layout, shards, names
 
 
-def _watch_loading(optimizer: AlphaOptimizer, zero: Any) -> None:
+def _watch_groups(engine: Any, optimizer: AlphaOptimizer, wrapper: internals.Wrapper) -> None:
+    """Serve a parameter group that is added from now on at stage 0, refuse it where DeepSpeed would not see it."""
+    add = optimizer.add_param_group
+
+    @functools.wraps(add)
+    def added(param_group: dict[str, Any]) -> None:
+        if not isinstance(wrapper, internals.Replicated):
+            raise ValueError(
+                f"add_param_group after deepspeed.initialize, at stage {engine.zero_optimization_stage()}: DeepSpeed "
+                "has made its partitions and would not step the new parameters. Give all groups to the optimizer "
+                "before initialize (those that are to train later with lr=0), or use stage 0"
+            )
+        add(param_group)
+        try:
+            refusals.refuse_outside(engine, optimizer, optimizer.param_groups[-1:])
+        except ValueError:
+            optimizer.param_groups.pop()
+            raise
+        wrapper.take_group(optimizer.param_groups[-1])
+        _use_layout(engine, optimizer, wrapper)
+
+    optimizer.add_param_group = added  # type: ignore[method-assign]
+
+
+def _watch_loading(
+    optimizer: AlphaOptimizer, wrapper: internals.Wrapper, shards: list[list[Shard]], names: dict[Tensor, str]
+) -> None:
     """Check a checkpoint before DeepSpeed loads it, and after a universal one make the groups whole.
 
     DeepSpeed trips over a checkpoint of other parameter groups before the optimizer can name the reason. A universal
     checkpoint it loads past the optimizer, and at stage 3 gives every group the values of the first: weight decay would
     hit the parameters that are spared from it.
     """
-    load = zero.load_state_dict
+    load = wrapper.zero.load_state_dict
+    group = None if isinstance(wrapper, internals.Replicated) else wrapper.group  # at stage 0 all ranks load one file
+    files = RankFiles(optimizer, group, shards, names.values()) if group is not None else None
 
     @functools.wraps(load)
     def watched(*args: Any, **kwargs: Any) -> Any:
         folder = kwargs.get("checkpoint_folder")
-        saved = universal.saved_optimizer(folder) if folder else None
-        held = args[0] if args else kwargs["state_dict_list"]
-        for state_dict in internals.optimizer_states(held) if saved is None else [saved]:
-            optimizer.check_saved(state_dict)
+        saved = [universal.saved_optimizer(folder)] if folder else []
+        if not folder:
+            saved += internals.optimizer_states(args[0] if args else kwargs["state_dict_list"])
+        if files is None or folder:
+            for state_dict in saved:
+                optimizer.check_saved(state_dict)
+                check_missed(state_dict)
+        else:
+            files.check(saved, alone=kwargs.get("load_serial") is not None)
         result = load(*args, **kwargs)
-        if saved is not None:
-            for group, as_saved in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-                group.update((name, value) for name, value in as_saved.items() if name != "params")
+        if folder:
+            for held, as_saved in zip(optimizer.param_groups, saved[0]["param_groups"], strict=True):
+                held.update((name, value) for name, value in as_saved.items() if name != "params")
             optimizer.__setstate__({})
+        if files is not None:
+            files.mark()
         return result
 
-    zero.load_state_dict = watched
+    wrapper.zero.load_state_dict = watched
 
 
-def _drive(optimizer: AlphaOptimizer, layout: Layout, wrapper: internals.Wrapper) -> None:
+def _drive(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: Unused) -> None:
     """Open, count and close each step around a wrapper that calls ``optimizer.step()`` for one part after another."""
     zero = wrapper.zero
     exact = optimizer.defaults["sync"] == "exact"
@@ -159,10 +146,11 @@ def _drive(optimizer: AlphaOptimizer, layout: Layout, wrapper: internals.Wrapper
     def whole_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal counted
         counted = False
-        optimizer.open_step(layout)
+        optimizer.open_step(unused.open())
         result = step(*args, **kwargs)
         if not zero.overflow:
             optimizer.close_step()
+            unused.applied()
         return result
 
     @functools.wraps(unscale)

@@ -8,12 +8,11 @@ are still there as backward left them, which is where an exact step counts.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,26 +23,36 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor
 
-from ..shards import Shard, clean_name
+from ..shards import Shard, clean_names
+from . import versions
 
-TESTED_VERSIONS = ("0.19.7", "0.19.8")
+STAGE3_BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 CLASS_NAMES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": (
-        "_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check", "autotp_size",
+        "_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check",
+        "_get_gradients_for_reduction", "autotp_size",
         "bf16_master_weights_and_gradients", "bf16_optimizer_states", "fp16_enabled",
-        "fp16_master_weights_and_gradients", "optimizer_name", "optimizer_params", "steps_per_print", "super_offload",
+        "fp16_master_weights_and_gradients", "managed_gradient_accumulation", "optimizer_name", "optimizer_params",
+        "steps_per_print", "super_offload",
         "torch_autocast_dtype",
-        "torch_autocast_enabled", "zenflow_config", "zero_offload_optimizer", "zero_optimization_stage",
-        "zero_partial_offload",
+        "torch_autocast_enabled", "zenflow_config", "zero_elastic_checkpoint", "zero_offload_optimizer",
+        "zero_optimization_stage", "zero_partial_offload",
     ),
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
-        "step", "unscale_and_clip_grads", "_get_preflattened_grad_partition",
+        "step", "unscale_and_clip_grads", "get_gradient_for_reduction", "get_param_id",
+        "is_gradient_accumulation_boundary", "reduce_gradients", "reduce_independent_p_g_buckets_and_remove_grads",
+        "reduce_ready_partitions_and_remove_grads", "_finalize_cpu_offload_gradient_accumulation",
+        "_get_preflattened_grad_partition",
     ),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": ("step", "unscale_and_clip_grads"),
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
+        "step", "unscale_and_clip_grads", "reduce_independent_p_g_buckets_and_remove_grads",
+        "is_gradient_accumulation_boundary", "_finalize_offload_gradient_accumulation",
+    ),
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("step",),
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ("refresh_fp32_params",),
     "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
@@ -60,15 +69,19 @@ INSTANCE_NAMES = {
         "seq_data_parallel_group", "_config",
     ),
     DeepSpeedZeroOptimizer: (
-        "averaged_gradients", "clip_grad", "dp_process_group", "loss_scale", "real_dp_process_group",
-        "round_robin_bit16_groups", "round_robin_bit16_padding", "single_partition_of_fp32_groups",
+        "averaged_gradients", "bit16_groups", "clip_grad", "cpu_offload", "dp_process_group", "loss_scale",
+        "micro_step_id", "overlap_comm", "real_dp_process_group", "round_robin_bit16_groups",
+        "round_robin_bit16_padding", "single_partition_of_fp32_groups",
     ),
     DeepSpeedZeroOptimizer_Stage3: (
         "averaged_gradients", "clip_grad", "dp_process_group", "fp16_groups", "fp32_partitioned_groups_flat",
-        "loss_scale", "offload_optimizer",
+        "loss_scale", "micro_step_id", "offload_optimizer", "_offload_boundary_param_ids", STAGE3_BUFFERS,
     ),
-    BF16_Optimizer: ("bf16_groups", "dp_process_group", "fp32_groups_flat_partition", "real_dp_process_group"),
-    FP16_UnfusedOptimizer: ("fp16_groups",),
+    BF16_Optimizer: (
+        "bf16_groups", "dp_process_group", "fp32_groups_flat_partition", "fp32_groups_has_gradients",
+        "real_dp_process_group",
+    ),
+    FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups", "overflow_checker"),
 }  # fmt: skip
 
 
@@ -89,12 +102,10 @@ def missing_names() -> list[str]:
     return missing
 
 
-def moved(missing: Sequence[str]) -> RuntimeError:
-    """The error for names that are not where the tested versions have them."""
-    return RuntimeError(
-        f"alphaadam_dist cannot run under DeepSpeed {deepspeed.__version__}: it no longer has {', '.join(missing)}, "
-        f"through which the model is counted. Install a tested version (deepspeed=={' or '.join(TESTED_VERSIONS)})"
-    )
+def allow(kind: type) -> None:
+    """List an optimizer class among those that ZeRO supports, so that it needs no zero_allow_untested_optimizer."""
+    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 def check_instance(obj: Any) -> None:
@@ -103,21 +114,28 @@ def check_instance(obj: Any) -> None:
         if isinstance(obj, cls):
             missing = [f"{cls.__name__}.{name}" for name in names if not hasattr(obj, name)]
             if missing:
-                raise moved(missing)
+                raise versions.moved(missing)
+
+
+def named_parameters(engine: Any) -> list[tuple[str, Tensor]]:
+    """The parameters of the engine's module by their names in the bare model."""
+    named = list(engine.module.named_parameters())
+    clean = clean_names(name for name, _ in named)
+    return [(clean[name], param) for name, param in named]
 
 
 def keys(engine: Any) -> dict[Tensor, str]:
     """The name of every parameter, made different for experts that share a local name across ranks."""
-    return {param: _key(clean_name(name), _expert_rank(param)) for name, param in engine.module.named_parameters()}
+    return {param: _key(name, _expert_rank(param)) for name, param in named_parameters(engine)}
 
 
 def keys_of_all_ranks(engine: Any) -> Iterator[str]:
     """``keys`` of this rank and of the others: experts of equal local names live on every expert-parallel rank."""
-    for name, param in engine.module.named_parameters():
+    for name, param in named_parameters(engine):
         rank = _expert_rank(param)
         world = 1 if rank is None else dist.get_world_size(_expert_group(param))
         for other in range(world):
-            yield _key(clean_name(name), None if rank is None else other)
+            yield _key(name, None if rank is None else other)
 
 
 def _key(name: str, expert_rank: int | None) -> str:
@@ -137,11 +155,8 @@ class Wrapper(ABC):
 
     Attributes:
         zero: DeepSpeed's object, or the optimizer itself where DeepSpeed wraps nothing around it.
-        in_parts: it steps the model part by part, so somebody must count before the first part.
         group: the process group over which the whole model is held; None where every rank holds it.
     """
-
-    in_parts = True
 
     def __init__(self, engine: Any) -> None:
         self.zero = engine.optimizer
@@ -159,19 +174,65 @@ class Wrapper(ABC):
     def shards(self, names: dict[Tensor, str]) -> list[list[Shard]]:
         """Which elements of which model parameters each holds."""
 
+
+class AtOnce(Wrapper):
+    """It steps the model in one call, and takes zeros for the gradient of a parameter that has none."""
+
+    @abstractmethod
+    def watch_zero_filled(self, engine: Any, note: Callable[[list[Tensor]], None]) -> None:
+        """Call ``note`` in every step with the parameters that no backward of this rank reached."""
+
+
+class InParts(Wrapper):
+    """It steps the model part by part, so somebody must count before the first part.
+
+    Attributes:
+        lands: gradients come to the flats in the last micro-batch of a step, if they are in it.
+    """
+
+    lands: bool
+
+    @abstractmethod
     def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        """(flat, gradient in pieces) for all flats, at the first ``unscale_and_clip_grads`` of a step in parts."""
-        raise AssertionError("a wrapper that steps the model in one call is not asked")
+        """(flat, gradient in pieces) for all flats, at the first ``unscale_and_clip_grads`` of a step."""
+
+    @abstractmethod
+    def parameters(self) -> list[Tensor]:
+        """The model's parameters in the flats of all ranks."""
+
+    @abstractmethod
+    def stale(self, param: Tensor) -> Tensor | None:
+        """Where DeepSpeed sums up the gradients of a parameter's micro-batches, from the last step on; None if nowhere.
+
+        The first micro-batch overwrites it, later ones are added.
+        """
+
+    @abstractmethod
+    def land(self, params: Iterable[Tensor]) -> None:
+        """Bring the sums of these parameters to the flats, as the last micro-batch does with its own."""
+
+    def watch_gradients(self, note: Callable[[Tensor, bool, bool], None]) -> None:
+        """Call ``note`` whenever DeepSpeed is about to take a gradient into its reduction.
+
+        With the parameter, and whether the micro-batch is the first and the last of the step.
+        """
+        reduce = self.zero.reduce_independent_p_g_buckets_and_remove_grads
+
+        @functools.wraps(reduce)
+        def noted(param: Tensor, *args: Any) -> None:
+            note(param, self.zero.micro_step_id <= 0, self.zero.is_gradient_accumulation_boundary())
+            reduce(param, *args)
+
+        self.zero.reduce_independent_p_g_buckets_and_remove_grads = noted
 
 
-class Replicated(Wrapper):
+class Replicated(AtOnce):
     """Stage 0: the model's own parameters in fp32, or an fp32 master of each in bf16 and fp16."""
-
-    in_parts = False
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self.group = engine.seq_data_parallel_group if engine.has_moe_layers else None  # experts differ between ranks
+        self.alone = dist.get_world_size(engine.seq_data_parallel_group) == 1
         self.optimizer = engine.basic_optimizer
         self.half = isinstance(self.zero, FP16_UnfusedOptimizer)
         if self.half:
@@ -189,14 +250,45 @@ class Replicated(Wrapper):
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def shards(self, names: dict[Tensor, str]) -> list[list[Shard]]:
-        models = [param for group in self.zero.fp16_groups for param in group] if self.half else self.flats()
-        return [[Shard(names[param], (), 0, param.numel(), param.numel())] for param in models]
+        held = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            given = group.get("param_names", [])
+            for j, param in enumerate(self._models(i)):
+                # one that is not in the engine's module has no name there
+                outside = given[j] if len(given) == len(group["params"]) else f"parameter {j} of group {i}"
+                held.append([Shard(names.get(param, outside), (), 0, param.numel(), param.numel())])
+        return held
+
+    def _models(self, group: int) -> list[Tensor]:
+        return self.zero.fp16_groups[group] if self.half else self.optimizer.param_groups[group]["params"]
+
+    def stepped(self) -> dict[Tensor, Tensor]:
+        """What the optimizer steps for each parameter of the model."""
+        models = [param for i in range(len(self.optimizer.param_groups)) for param in self._models(i)]
+        return dict(zip(models, self.flats(), strict=True))
+
+    def take_group(self, group: dict[str, Any]) -> None:
+        """The optimizer has got another parameter group."""
+        if self.half:
+            params = list(group["params"])
+            group["params"] = [param.detach().clone().float().requires_grad_() for param in params]
+            self.zero.fp16_groups.append(params)
+            self.zero.fp32_groups.append(group["params"])
+            self.zero.overflow_checker.params += params
+
+    def watch_zero_filled(self, engine: Any, note: Callable[[list[Tensor]], None]) -> None:
+        collect = engine._get_gradients_for_reduction
+
+        @functools.wraps(collect)
+        def noted() -> Any:
+            note([param for param in engine.module.parameters() if param.requires_grad and param.grad is None])
+            return collect()
+
+        engine._get_gradients_for_reduction = noted
 
 
-class Bf16(Wrapper):
+class Bf16(AtOnce):
     """Stage 1 with bf16 parameters and fp32 accumulation: one flat per group, all stepped in one call."""
-
-    in_parts = False
 
     def flats(self) -> list[Tensor]:
         return list(self.zero.fp32_groups_flat_partition)
@@ -209,9 +301,27 @@ class Bf16(Wrapper):
             held.append(_slice_of_flat(params, [0] * len(params), size, group, names))
         return held
 
+    def watch_zero_filled(self, engine: Any, note: Callable[[list[Tensor]], None]) -> None:
+        step = self.zero.step
 
-class Stage1And2(Wrapper):
+        @functools.wraps(step)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            params = [param for group in self.zero.bf16_groups for param in group]
+            used = [reached for group in self.zero.fp32_groups_has_gradients for reached in group]
+            note([param for param, reached in zip(params, used, strict=True) if not reached])
+            return step(*args, **kwargs)
+
+        self.zero.step = noted
+
+
+class Stage1And2(InParts):
     """ZeRO stages 1 and 2, with and without CPU offload: one flat per parameter group."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        if self.zero.cpu_offload and not hasattr(self.zero, "accumulated_grads_in_cpu"):
+            raise versions.moved(["DeepSpeedZeroOptimizer.accumulated_grads_in_cpu"])
+        self.lands = self.zero.cpu_offload and engine.managed_gradient_accumulation()
 
     def flats(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
@@ -237,6 +347,40 @@ class Stage1And2(Wrapper):
                 whole = self.zero._get_preflattened_grad_partition(i)
                 yield flat, self.zero.averaged_gradients[i] if whole is None else [whole]
 
+    def parameters(self) -> list[Tensor]:
+        return [param for params in self.zero.round_robin_bit16_groups for param in params]
+
+    def stale(self, param: Tensor) -> Tensor | None:
+        if not self.zero.cpu_offload:
+            return None
+        return self.zero.accumulated_grads_in_cpu.get(self.zero.get_param_id(param))
+
+    def watch_gradients(self, note: Callable[[Tensor, bool, bool], None]) -> None:
+        zero, taken = self.zero, set()
+
+        def note_taken(param: Tensor, first: bool, last: bool) -> None:
+            taken.add(param)
+            note(param, first, last)
+
+        super().watch_gradients(note_taken)
+        reduce = zero.reduce_gradients
+
+        @functools.wraps(reduce)
+        def reduce_all(*args: Any, **kwargs: Any) -> None:
+            # with overlap_comm stage 1 takes those of the last micro-batch and leaves those of earlier ones unreduced
+            for i, params in enumerate(zero.bit16_groups if zero.overlap_comm else ()):
+                for param in params:
+                    if param not in taken and zero.get_gradient_for_reduction(param) is not None:
+                        zero.reduce_ready_partitions_and_remove_grads(param, i)
+            reduce(*args, **kwargs)
+            taken.clear()
+
+        zero.reduce_gradients = reduce_all
+
+    def land(self, params: Iterable[Tensor]) -> None:
+        self.zero._offload_accumulated_param_ids = {self.zero.get_param_id(param) for param in params}
+        self.zero._finalize_cpu_offload_gradient_accumulation()
+
 
 def _slice_of_flat(
     params: Sequence[Tensor], paddings: Sequence[int], size: int, group: dist.ProcessGroup, names: dict[Tensor, str]
@@ -252,8 +396,12 @@ def _slice_of_flat(
     return held
 
 
-class Stage3(Wrapper):
+class Stage3(InParts):
     """ZeRO stage 3, with and without offload: one flat per sub-group, a padded slice of each parameter in it."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.lands = self.zero.offload_optimizer and engine.managed_gradient_accumulation()
 
     def flats(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
@@ -283,6 +431,16 @@ class Stage3(Wrapper):
             deepspeed.get_accelerator().synchronize()
         for i, flat in enumerate(self.flats()):
             yield flat, [flat.grad] if flat.grad is not None else self.zero.averaged_gradients[i]
+
+    def parameters(self) -> list[Tensor]:
+        return [param for params in self.zero.fp16_groups for param in params]
+
+    def stale(self, param: Any) -> Tensor | None:
+        return getattr(self.zero, STAGE3_BUFFERS).get(param.ds_id)
+
+    def land(self, params: Iterable[Any]) -> None:
+        self.zero._offload_boundary_param_ids = {param.ds_id for param in params}
+        self.zero._finalize_offload_gradient_accumulation()
 
 
 def wrapper_of(engine: Any) -> Wrapper:
@@ -320,12 +478,3 @@ def unscale_factor(zero: Any, total_norm: Any) -> Tensor:
         one = zero.single_partition_of_fp32_groups[0].new_ones(())
         DeepSpeedZeroOptimizer.unscale_and_clip_grads(zero, [one], total_norm)
     return one
-
-
-def free_shared_memory() -> None:
-    """Remove this rank's buffer of DeepSpeed's all-reduce on CPUs, 66 MiB of memory that would stay in /dev/shm.
-
-    DeepSpeed never does. For the end of a rank: the others have opened the buffer when they initialized.
-    """
-    place = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path("/dev/shm", "_".join(map(str, ("deepspeed_allreduce_buffer", os.getuid(), *place)))).unlink(missing_ok=True)

@@ -38,7 +38,7 @@ def build(kind: Callable[..., AlphaOptimizer], engine: Any, model_parameters: It
             )
 
     def decays(param: Tensor) -> bool:
-        return not any(word in names[param] for word in words)
+        return not any(word in names.get(param, "") for word in words)
 
     groups: list[dict[str, Any]] = []
     for given in _groups(model_parameters):

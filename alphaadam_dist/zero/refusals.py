@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
-from torch.optim import Optimizer
 
 from ..optimizer import AlphaOptimizer
 
@@ -82,6 +83,12 @@ def refuse(engine: Any, optimizer: AlphaOptimizer) -> None:
             "counting before the update would read every state from disk twice: set sync='delayed'",
         ),
         (
+            engine.zero_elastic_checkpoint() and stage > 0,
+            "zero_optimization.elastic_checkpoint=true",
+            "DeepSpeed could load none of the checkpoints that it saves so: set it to false, and change the number of "
+            "ranks through a universal checkpoint",
+        ),
+        (
             engine.has_moe_layers and stage == 3,
             "DeepSpeed MoE layers with zero_optimization.stage=3",
             "its partitions of experts are not told apart: use stage 1 or 2",
@@ -90,13 +97,20 @@ def refuse(engine: Any, optimizer: AlphaOptimizer) -> None:
     for present, what, fix in refused:
         if present:
             raise ValueError(f"{type(optimizer).__name__} under DeepSpeed does not serve {what}: {fix}")
+    refuse_outside(engine, optimizer, optimizer.param_groups)
 
 
-def refuse_swapped(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer that somebody built from the parameter groups of one of ours in its place."""
-    if any("alphaadam_state" in group for group in optimizer.param_groups):
-        raise ValueError(
-            f"the optimizer was replaced by {type(optimizer).__name__} on its way to DeepSpeed: Accelerate does that "
-            'to an optimizer object under offload_optimizer. Set "zero_force_ds_cpu_optimizer": false in the DeepSpeed '
-            'config, or name the optimizer there: "optimizer": {"type": "AlphaAdam", ...}'
-        )
+def refuse_outside(engine: Any, optimizer: AlphaOptimizer, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a parameter in these groups that DeepSpeed does not know or would not average."""
+    if engine.zero_optimization_stage() == 0 and dist.get_world_size(engine.seq_data_parallel_group) == 1:
+        return
+    inside = set(engine.module.parameters())
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if param not in inside:
+                name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
+                raise ValueError(
+                    f"{type(optimizer).__name__} under DeepSpeed does not serve a parameter outside the engine's "
+                    f"module ({name}, of shape {tuple(param.shape)}): DeepSpeed averages the gradients of the module's "
+                    "parameters only. Make it one of them, as in self.temperature = nn.Parameter(...)"
+                )

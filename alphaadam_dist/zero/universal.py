@@ -19,6 +19,10 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 
+from ..shards import clean_names
+from .rank_files import PARTITION
+from .unused import MISSED
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _IN_THE_FILES = [ZeroStageEnum, LossScaler, DynamicLossScaler]
 _HOW_TO_MAKE_ONE = (
@@ -107,7 +111,8 @@ def read(folder: Path) -> Universal:
         flats = [first["param_shapes"][flat] for flat in group["params"]]
         names = [name for flat in flats for name in flat]
         shapes |= {name: torch.Size(shape) for flat in flats for name, shape in flat.items()}
-        groups.append({**group, "params": names})
+        ours = {key: value for key, value in group.items() if key not in (MISSED, PARTITION)}
+        groups.append({**ours, "params": names})
     stage3 = _stage(held) == 3
     wanted = ("fp32", *MOMENTS) if stage3 else ("fp32", *MOMENTS, "step")
     missing = [f"{name}/{key}.pt" for name in shapes for key in wanted if not (zero / name / f"{key}.pt").is_file()]
@@ -121,10 +126,15 @@ def read(folder: Path) -> Universal:
         steps = dict.fromkeys(shapes, held["optimizer_state_dict"]["state"][0]["step"])
     else:
         steps = {name: load(zero / name / "step.pt") for name in shapes}
+    clean = clean_names([*shapes, *(first["frozen_param_shapes"] or {})])
+    missed = held["param_groups"][0].get(MISSED, {})
     return Universal(
         folder=folder,
         shapes=shapes,
-        steps={name: torch.as_tensor(step, dtype=torch.float32, device="cpu") for name, step in steps.items()},
+        steps={
+            name: torch.as_tensor(step, dtype=torch.float32, device="cpu") - missed.get(clean[name], 0)
+            for name, step in steps.items()
+        },
         others=_others(ranks, shapes),
         tied=dict(first["shared_params"]),
         groups=groups,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from alphaadam_dist import ownership
-from alphaadam_dist.shards import Shard, clean_name, cut
+from alphaadam_dist import AlphaAdam, ownership
+from alphaadam_dist.shards import Shard, clean_name, clean_names, cut
 
 from ..ranks import Ranks
 
@@ -104,17 +104,55 @@ def test_padding_fills_every_gap_and_is_owned_by_nobody(runs: list[Any], numel: 
     ("name", "clean"),
     [
         ("a.b", "a.b"),
-        ("module.a.b", "a.b"),
         ("_orig_mod.a", "a"),
-        ("module._orig_mod.a", "a"),
-        ("_orig_mod.module.a", "a"),
         ("a._fsdp_wrapped_module.b._checkpoint_wrapped_module.c", "a.b.c"),
-        ("a.module.b", "a.module.b"),  # a child of that name is the model's own
-        ("submodule.a", "submodule.a"),
+        ("module.a", "module.a"),  # of one name nobody can tell whether it is DDP's
+        ("my_orig_mod.a", "my_orig_mod.a"),
+        ("a._orig_mod_.b", "a._orig_mod_.b"),
     ],
 )
 def test_clean_name(name: str, clean: str) -> None:
     assert clean_name(name) == clean
+
+
+@pytest.mark.parametrize(
+    ("names", "clean"),
+    [
+        (["a.w", "b.w"], ["a.w", "b.w"]),
+        (["module.a.w", "module.b.w"], ["a.w", "b.w"]),  # DDP
+        (["_orig_mod.module.a.w", "_orig_mod.module.b.w"], ["a.w", "b.w"]),
+        (["module._orig_mod.a.w", "module._orig_mod.b.w"], ["a.w", "b.w"]),
+        (["a.module.w", "submodule.w"], ["a.module.w", "submodule.w"]),
+        # a model that calls a part of itself "module", bare and under DDP: its names are the same
+        (["head.w", "module.head.w"], ["head.w", "module.head.w"]),
+        (["module.head.w", "module.module.head.w"], ["head.w", "module.head.w"]),
+        (["module.head.w"], ["head.w"]),
+        (["module.module.head.w"], ["head.w"]),
+        # names that only wrappers tell apart
+        (["a._orig_mod.w", "a.w"], ["a._orig_mod.w", "a.w"]),
+        (["module.a._orig_mod.w", "module.a.w", "module.module.a.w"],) * 2,
+    ],
+)
+def test_clean_names(names: list[str], clean: list[str]) -> None:
+    assert list(clean_names(names).values()) == clean
+
+
+class HeadAndModule(nn.Module):
+    """A legal model whose parameters' names differ only by what DDP would put into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.ModuleDict({"head": nn.Linear(2, 2)})
+        self.head = nn.Linear(2, 2)
+
+
+def test_a_part_called_module_is_no_wrapper() -> None:
+    model = HeadAndModule()
+    optimizer = AlphaAdam(model.named_parameters(), scope="layer")
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert set(optimizer.alpha) == {name for name, _ in model.named_parameters()}
 
 
 # ---- layouts without a group

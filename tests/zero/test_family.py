@@ -8,7 +8,7 @@ import pytest
 
 from alphaadam_dist import AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
-from alphaadam_dist.zero.attach import register
+from alphaadam_dist.zero import register
 from tests.family import AlphaSignum
 from tests.ranks import RankError, Ranks
 from tests.zero import engine

@@ -11,7 +11,7 @@ from deepspeed.pipe import PipelineModule
 from torch import nn
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.zero import attach, internals, refusals
+from alphaadam_dist.zero import internals, registration
 from tests.models import Given, tiny_llama
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
@@ -53,6 +53,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "zenflow": (
         engine.config(2, offload=True, zenflow={"topk_ratio": 0.1, "update_interval": 4, "full_warm_up_rounds": 0}),
         r"zero_optimization\.zenflow: .* remove the section",
+    ),
+    "elastic checkpoints": (
+        engine.config(2, elastic_checkpoint=True),
+        r"zero_optimization\.elastic_checkpoint=true: DeepSpeed could load none .* set it to false",
+    ),
+    "elastic checkpoints at stage 3": (
+        engine.config(3, elastic_checkpoint=True),
+        r"zero_optimization\.elastic_checkpoint=true: DeepSpeed could load none .* set it to false",
     ),
     "nvme": (
         offload(device="nvme", nvme_path="/tmp"),
@@ -145,8 +153,8 @@ def test_a_swapped_optimizer_is_seen() -> None:
     ours = AlphaAdam([nn.Parameter(torch.ones(3))])
     theirs = torch.optim.AdamW(ours.param_groups)
     with pytest.raises(ValueError, match=r"replaced by AdamW .* \"zero_force_ds_cpu_optimizer\": false"):
-        refusals.refuse_swapped(theirs)
-    refusals.refuse_swapped(torch.optim.AdamW([nn.Parameter(torch.ones(3))]))
+        registration.refuse_swapped(theirs)
+    registration.refuse_swapped(torch.optim.AdamW([nn.Parameter(torch.ones(3))]))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +209,7 @@ def unregistered(client: bool) -> None:
             patch.setattr(engine_class, name, getattr(method, "__wrapped__", method))
         patch.setattr(internals, "missing_names", lambda: ["deepspeed.runtime.engine.DeepSpeedEngine._x"])
         patch.delattr(torch.optim, "AlphaAdam")
-        attach.register(AlphaAdam)
+        registration.register(AlphaAdam)
         config = {**engine.config(2), "zero_allow_untested_optimizer": True}
         engine.start(Given(), config, {}, client, "AlphaAdam")
 

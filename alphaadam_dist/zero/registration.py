@@ -1,0 +1,151 @@
+"""Makes deepspeed.initialize take our optimizers, from its JSON or as client objects, without importing DeepSpeed.
+
+``register`` runs at ``import alphaadam_dist``. It names each optimizer under torch.optim, where DeepSpeed looks up the
+type in a JSON config, and as soon as DeepSpeed's engine is imported, by whomever, it wraps three methods of it: one
+builds the optimizer named in the JSON, one refuses what is not served before DeepSpeed wraps anything around the
+optimizer, and one attaches to that wrapper once it stands. Whatever DeepSpeed is or lacks, neither import fails by
+this; what it lacks is an error where an optimizer meets an engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..optimizer import AlphaOptimizer
+from . import versions
+
+ENGINE = "deepspeed.runtime.engine"
+METHODS = ("_configure_basic_optimizer", "_do_optimizer_sanity_check", "_configure_optimizer")
+
+_registered: list[type[AlphaOptimizer]] = []
+
+
+def register(*kinds: type[AlphaOptimizer]) -> None:
+    """Register optimizer classes with DeepSpeed, under their names. What is registered already stays as it is."""
+    for kind in kinds:
+        if getattr(torch.optim, kind.__name__, None) is not kind:
+            setattr(torch.optim, kind.__name__, kind)
+            _registered.append(kind)
+    engine = sys.modules.get(ENGINE)
+    if engine is not None:
+        _wrap(engine)
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds DeepSpeed's engine as the other finders do, and wraps it once its module has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """What importlib asks of every finder; None leaves the module to the others."""
+        if name != ENGINE:
+            return None
+        others = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
+        found = (find(name, path, target) for find in others if find is not None)
+        spec = next((spec for spec in found if spec is not None), None)
+        execute = getattr(spec and spec.loader, "exec_module", None)
+        if spec is not None and execute is not None:
+
+            def execute_and_wrap(module: ModuleType) -> None:
+                execute(module)
+                if module.__name__ == ENGINE:  # a zip's loader is that of all modules in it
+                    _wrap(module)
+
+            spec.loader.exec_module = execute_and_wrap
+        return spec
+
+
+def _wrap(engine: ModuleType) -> None:
+    """Wrap the engine's methods, once. Raises nothing, whatever the module is like."""
+    engine_class = getattr(engine, "DeepSpeedEngine", None)
+    if not isinstance(engine_class, type):
+        return
+    wrapped: dict[str, Callable[..., Callable[..., Any]]] = dict(
+        zip(METHODS, (_built, _checked, _configured), strict=True)
+    )
+    if not all(hasattr(engine_class, name) for name in METHODS):
+        wrapped["__init__"] = _refused_after
+    for name, wrap in wrapped.items():
+        method = getattr(engine_class, name, None)
+        if method is not None and not hasattr(method, "alphaadam"):
+            ours = functools.wraps(method)(wrap(method))
+            ours.alphaadam = True  # type: ignore[attr-defined]
+            setattr(engine_class, name, ours)
+
+
+def _built(build: Callable[..., Any]) -> Callable[..., Any]:
+    def built(engine: Any, model_parameters: Any) -> Any:
+        kind = getattr(torch.optim, engine.optimizer_name(), None)
+        if not (isinstance(kind, type) and issubclass(kind, AlphaOptimizer)):
+            return build(engine, model_parameters)
+        _attach_module()  # for its errors
+        from . import json_config
+
+        return json_config.build(kind, engine, model_parameters)
+
+    return built
+
+
+def _checked(check: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(engine: Any, basic_optimizer: Any) -> Any:
+        if isinstance(basic_optimizer, AlphaOptimizer):
+            _attach_module().prepare(engine, basic_optimizer, supported=type(basic_optimizer) in _registered)
+        else:
+            refuse_swapped(basic_optimizer)
+        return check(engine, basic_optimizer)
+
+    return checked
+
+
+def _configured(configure: Callable[..., None]) -> Callable[..., None]:
+    def configured(engine: Any, *args: Any, **kwargs: Any) -> None:
+        configure(engine, *args, **kwargs)
+        if isinstance(engine.basic_optimizer, AlphaOptimizer):
+            _attach_module().attach(engine, engine.basic_optimizer)
+
+    return configured
+
+
+def _refused_after(init: Callable[..., None]) -> Callable[..., None]:
+    """For an engine that lacks a method that is wrapped: fail where one of ours has come through all the same."""
+
+    def checked_init(engine: Any, *args: Any, **kwargs: Any) -> None:
+        init(engine, *args, **kwargs)
+        if any(isinstance(getattr(engine, name, None), AlphaOptimizer) for name in ("basic_optimizer", "optimizer")):
+            raise versions.moved([f"{ENGINE}.DeepSpeedEngine.{name}" for name in METHODS if not hasattr(engine, name)])
+
+    return checked_init
+
+
+def _attach_module() -> Any:
+    """attach.py, which needs DeepSpeed's private names.
+
+    Raises:
+        RuntimeError: the installed DeepSpeed lacks one of them.
+    """
+    try:
+        from . import attach, internals
+    except Exception as error:
+        raise versions.moved([f"what internals.py imports ({error})"]) from error
+    missing = internals.missing_names()
+    if missing:
+        raise versions.moved(missing)
+    return attach
+
+
+def refuse_swapped(optimizer: Any) -> None:
+    """Raise ValueError for an optimizer that somebody built from the parameter groups of one of ours in its place."""
+    if any("alphaadam_state" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"the optimizer was replaced by {type(optimizer).__name__} on its way to DeepSpeed: Accelerate does that "
+            'to an optimizer object under offload_optimizer. Set "zero_force_ds_cpu_optimizer": false in the DeepSpeed '
+            'config, or name the optimizer there: "optimizer": {"type": "AlphaAdam", ...}'
+        )
