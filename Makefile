@@ -77,8 +77,10 @@ test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not nvme and not torchtitan" $(ARGS)
 
 # A thousand random programs, new every time; a failure prints the line that repeats it.
+SEED ?= $(shell date +%s)
+PROGRAMS ?= 1000
 test-nightly: setup
-	PROGRAMS=1000 $(BIN)/python -m pytest tests/faults/test_programs.py $(ARGS)
+	SEED=$(SEED) PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest tests/faults/test_programs.py $(ARGS)
 
 # Laid over the environment, so that the rest stays as it is.
 test-older: setup

@@ -186,7 +186,8 @@ class AlphaOptimizer(Persistent):
     def alpha(self) -> float | dict[str, float]:
         """alpha of the last step; with scope="layer" a dict of parameter name -> alpha. Synchronises.
 
-        1 before the first step. A checkpoint does not carry the alphas by layer, so they read 1 until the next step.
+        1 before the first step. A checkpoint does not carry the alphas by layer: they read 1 until the next step that
+        has evidence, also after parameters have come or gone.
         """
         statistics = self._adopt()
         if self.defaults["scope"] == "global":

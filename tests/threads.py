@@ -39,7 +39,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         except BaseException as error:
             if not isinstance(error, SystemExit):  # how the group ends ranks that wait for one that failed
                 errors[rank] = traceback.format_exc()
-            ProcessLocalGroup.exception_handle(error)
+            _end_waiting(error)
         finally:
             dist.destroy_process_group()
 
@@ -61,6 +61,15 @@ def run(world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     if errors:
         raise RankError("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(errors.items())))
     return results
+
+
+def _end_waiting(error: BaseException) -> None:
+    """End the ranks that wait for this one."""
+    while True:
+        try:
+            return ProcessLocalGroup.exception_handle(error)
+        except RuntimeError:  # another rank began a collective while torch went through its dictionary of them
+            continue
 
 
 class Collectives:

@@ -1,236 +1,322 @@
-"""Random programs: a model of any shapes in any groups, cut over ranks in any way, stepped, saved and loaded anywhere.
+"""Random programs: optimizers over models of any shapes, sharded in any way, and what happens to them.
 
-A program is data, and its tensors follow from its seed, so that every rank makes the same ones.
+A program is data and follows from its seed alone; its printed form says all that there is to know of it.
 """
 
 from __future__ import annotations
 
 import random
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+import numpy as np
 
-from alphaadam_dist import AlphaAdam, rule
-from tests.zero import engine
+PLAIN = ("alone", "replicas", "by-hand", "stages")
+WORLDS: dict[str, tuple[int, ...]] = {
+    "alone": (1,),
+    "replicas": (1, 2, 3, 4),
+    "by-hand": (1, 2, 3, 4),
+    "stages": (2, 3, 4),
+    "dtensors": (1, 2, 3, 4),
+    "fsdp2": (1, 2, 3, 4),
+    "hsdp": (2, 4),
+    "tp-fsdp2": (4,),
+    "fsdp1-original": (2, 3, 4),
+    "fsdp1-flat": (2, 3, 4),
+    "fsdp1-hybrid": (4,),
+}
+"""The numbers of ranks that each way of sharding is played on."""
+NEEDS_GROUP = ("stages", "fsdp1-original", "fsdp1-flat", "fsdp1-hybrid")
+WHOLE_WORLD = ("alone", "hsdp", "tp-fsdp2", "fsdp1-hybrid")
+"""What is not played on an island."""
 
-from ..equality import pieces
-from ..equality.given import mesh
-
-THREADED = ("replicas", "fsdp2", "hsdp", "dtensors", "by-hand", "stages")
+DAMAGES = ("a group more", "another's state", "no lr", "a negative lr", "a short alphaadam_state", "T is NaN")
+"""What a state can have that must not be loaded."""
 
 
 @dataclass(frozen=True)
-class Program:
-    """``group_of`` and ``late``: the group of each parameter, and whether the last group is added on the way."""
+class Event:
+    """Something that happens: the name of a method of the rule's player and of the library's, and its arguments."""
 
+    what: str
+    of: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.what}({', '.join(f'{name}={value!r}' for name, value in self.of.items())})"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One optimizer and its parameters p0, p1, ...
+
+    ``group_of`` is the parameter group of each, ``hyper`` what each group is built with; the groups ``late`` come by
+    an event. ``dtype`` "mixed" gives every other parameter float32. ``strided``: matrices lie by columns. ``wrapper``
+    says how its imitation holds it.
+    """
+
+    seed: int
     regime: str
-    world: int
+    kind: str
+    dtype: str
     shapes: tuple[tuple[int, ...], ...]
     group_of: tuple[int, ...]
     hyper: tuple[dict[str, Any], ...]
-    late: bool
+    late: tuple[int, ...]
     options: dict[str, Any]
-    steps: int
-    absent: float
-    zeros: float
-    reload_after: frozenset[int]
-    seed: int
+    fused: bool | None
+    verify_every: int
+    named: bool
+    with_group: bool
+    tensor_lr: bool
+    strided: bool
+    wrapper: str
+    events: tuple[Event, ...]
 
     @property
     def names(self) -> list[str]:
         return [f"p{i}" for i in range(len(self.shapes))]
 
-    def values(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return {n: torch.randn(s, generator=generator) for n, s in zip(self.names, self.shapes, strict=True)}
+    def dtype_of(self, name: str) -> str:
+        if self.dtype == "mixed":
+            return "float32" if int(name[1:]) % 2 else "float64"
+        return self.dtype
 
-    def gradients(self) -> list[dict[str, Tensor | None]]:
-        """For each step; drifting, exact in bf16, with zeros, some None, the late group's None until it is there."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        drift = {n: torch.randn(s, generator=generator) for n, s in zip(self.names, self.shapes, strict=True)}
-        result = []
-        for step in range(self.steps):
-            grads: dict[str, Tensor | None] = {}
-            for name, group in zip(self.names, self.group_of, strict=True):
-                mean = drift[name]
-                grad = (0.5 * mean + torch.randn(mean.shape, generator=generator)).bfloat16().float()
-                grad[torch.rand(mean.shape, generator=generator) < self.zeros] = 0.0
-                missing = float(torch.rand((), generator=generator)) < self.absent
-                grads[name] = None if missing or group not in self.groups_at(step) else grad
-            result.append(grads)
-        return result
+    def lr(self, value: float) -> float:
+        """A learning rate as the optimizer gets it: a tensor has the precision of its dtype."""
+        if not self.tensor_lr or self.dtype != "float32":
+            return value
+        return float(np.float32(value))
 
-    def groups_at(self, step: int) -> list[int]:
-        """The groups that the optimizer has at a step, ascending."""
-        used = sorted(set(self.group_of))
-        return used[:-1] if self.late and len(used) > 1 and step < 2 else used
-
-    def group(self, number: int, named: dict[str, Tensor]) -> dict[str, Any]:
-        held = [(n, named[n]) for n, g in zip(self.names, self.group_of, strict=True) if g == number and n in named]
-        return {"params": held, **self.hyper[number]}
+    def __str__(self) -> str:
+        told = {name: value for name, value in vars(self).items() if name not in ("events", "shapes", "group_of")}
+        params = ", ".join(f"{n} {s} in {g}" for n, s, g in zip(self.names, self.shapes, self.group_of, strict=True))
+        lines = [f"  {name} = {value!r}" for name, value in told.items()]
+        return "\n".join([f"  parameters: {params}", *lines, *(f"    {event}" for event in self.events)])
 
 
-def programs(regimes: tuple[str, ...], worlds: tuple[int, ...]) -> st.SearchStrategy[Program]:
-    return st.builds(_program, st.sampled_from(regimes), st.sampled_from(worlds), st.integers(0, 2**32), st.data())
+@dataclass(frozen=True)
+class Program:
+    """Units that are stepped in turn on ``world`` ranks, which are ``islands`` equal parts with models of their own."""
+
+    seed: int
+    world: int
+    islands: int
+    units: tuple[Unit, ...]
+
+    def __str__(self) -> str:
+        units = "\n  beside it\n".join(str(unit) for unit in self.units)
+        return f"program {self.seed}: {self.world} ranks, {self.islands} islands\n{units}"
+
+    def on_island(self, island: int) -> tuple[Unit, ...]:
+        """The units with the values and gradients of an island."""
+        return tuple(replace(unit, seed=unit.seed + island) for unit in self.units)
 
 
-def _program(regime: str, world: int, seed: int, data: st.DataObject) -> Program:
-    draw = data.draw
-    zero = regime.startswith("zero")
-    shapes = draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), min_size=1, max_size=5))
-    scope, sync = draw(st.sampled_from([("global", "exact"), ("layer", "exact"), ("global", "delayed")]))
-    hyper = st.fixed_dictionaries(
-        {
-            "lr": st.sampled_from([0.0, 1e-3, 1e-2]),
-            "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.99)]),
-            "eps": st.sampled_from([1e-8, 1e-4]),
-            "weight_decay": st.sampled_from([0.0, 0.1]),
-        }
+def simpler(program: Program) -> Iterator[Program]:
+    """Programs with one thing less, the largest steps first."""
+    if len(program.units) > 1:
+        for unit in program.units:
+            yield replace(program, units=(unit,))
+    for i, unit in enumerate(program.units):
+        count = len(unit.events)
+        size = count // 2
+        while size:
+            for start in range(0, count, size):
+                fewer = unit.events[:start] + unit.events[start + size :]
+                yield replace(program, units=(*program.units[:i], replace(unit, events=fewer), *program.units[i + 1 :]))
+            size //= 2
+        for name, plain in (("clip_norm", None), ("threshold", 0.0), ("alpha_warmup", 0), ("maximize", False)):
+            if unit.options[name] != plain:
+                tamer = replace(unit, options={**unit.options, name: plain})
+                yield replace(program, units=(*program.units[:i], tamer, *program.units[i + 1 :]))
+
+
+# ---- from a seed
+
+
+def program(seed: int) -> Program:
+    chance = random.Random(seed)
+    islands = chance.choice([1, 1, 1, 2])
+    possible = [r for r in WORLDS if islands == 1 or r not in WHOLE_WORLD]
+    regime = chance.choice(possible)
+    ranks = chance.choice([n for n in WORLDS[regime] if n * islands <= 4])
+    regimes = regime, chance.choice([r for r in possible if ranks in WORLDS[r] and r != "alone"])
+    count = chance.choice([1, 1, 1, 2])
+    moves = islands == count == 1 and chance.random() < 0.5
+    units = tuple(_unit(chance, r, islands > 1, moves) for r in regimes[:count])
+    return Program(seed, ranks * islands, islands, units)
+
+
+def zero_program(seed: int) -> Unit:
+    """One optimizer under DeepSpeed. Without missing gradients, of which ZeRO makes zeros."""
+    chance = random.Random(seed)
+    stage, kind = chance.randint(0, 3), chance.choice(["AlphaAdam", "AlphaLion", "AlphaSGD"])
+    bf16, offload = chance.random() < 0.3, stage > 0 and chance.random() < 0.3
+    options = _options(chance)
+    unit = Unit(
+        seed=chance.randrange(2**32),
+        regime=f"zero{stage}{'-bf16' * bf16}{'-offload' * offload}",
+        kind=kind,
+        dtype="float32",
+        shapes=tuple(_shape(chance, free=False) for _ in range(4)),
+        group_of=(0, 0, 1, 1),
+        hyper=tuple(_hyper(chance, kind) for _ in range(2)),
+        late=(),
+        options=options,
+        fused=chance.choice([None, False, True]),
+        verify_every=chance.choice([0, 1]),
+        named=True,
+        with_group=False,
+        tensor_lr=False,
+        strided=False,
+        wrapper="attributes",
+        events=(),
     )
-    options = {
+    return replace(unit, events=tuple(_zero_events(chance, unit)))
+
+
+def _zero_events(chance: random.Random, unit: Unit) -> Iterator[Event]:
+    for _ in range(chance.randint(3, 6)):
+        if chance.random() < 0.2:
+            yield Event("lr", {"group": chance.choice(unit.group_of), "value": _lr(chance)})
+        if chance.random() < 0.2:
+            yield Event("reload", {"through": "itself", "file": True})
+        step = _step(chance, unit, flat=True)
+        yield replace(step, of={**step.of, "by": "step"})
+        if chance.random() < 0.6:
+            yield Event("look", {"through": "itself"})
+
+
+def _unit(chance: random.Random, regime: str, island: bool, moves: bool) -> Unit:
+    free = not moves and regime in (*PLAIN, "dtensors")  # what FSDP has no shard of is possible
+    kind = chance.choice(["AlphaAdam", "AlphaAdam", "AlphaLion", "AlphaSGD"])
+    count = chance.randint(1, 5)
+    groups = 1 if regime == "fsdp1-flat" else chance.randint(1, 3)
+    group_of = tuple(sorted(chance.randrange(groups) for _ in range(count)))
+    used = sorted(set(group_of))
+    late = used[-1:] if len(used) > 1 and regime != "stages" and chance.random() < 0.3 else []
+    dtype = chance.choice(["float64", "float64", "float32", "mixed"])
+    named = island or regime in NEEDS_GROUP or chance.random() < 0.7
+    unit = Unit(
+        seed=chance.randrange(2**32),
+        regime=regime,
+        kind=kind,
+        dtype="float64" if dtype == "mixed" and not free else dtype,
+        shapes=tuple(_shape(chance, free) for _ in range(count)),
+        group_of=group_of,
+        hyper=tuple(_hyper(chance, kind) for _ in range(groups)),
+        late=tuple(late),
+        options=_options(chance),
+        fused=chance.choice([None, False, True]),
+        verify_every=chance.choice([0, 0, 1, 2]),
+        named=named,
+        with_group=island or regime in NEEDS_GROUP or (named and chance.random() < 0.3),
+        tensor_lr=chance.random() < 0.25,
+        strided=free and regime not in ("by-hand", "dtensors") and chance.random() < 0.2,
+        wrapper=chance.choice(["attributes", "copied"]),
+        events=(),
+    )
+    return replace(unit, events=tuple(_events(chance, unit, moves)))
+
+
+def _shape(chance: random.Random, free: bool) -> tuple[int, ...]:
+    if free and chance.random() < 0.1:
+        return chance.choice([(), (0,), (3, 0)])
+    return tuple(chance.randint(1, 9) for _ in range(chance.randint(1, 3)))
+
+
+def _hyper(chance: random.Random, kind: str) -> dict[str, Any]:
+    hyper: dict[str, Any] = {"lr": _lr(chance), "weight_decay": chance.choice([0.0, 0.1])}
+    if kind == "AlphaSGD":
+        return {**hyper, "momentum": chance.choice([0.5, 0.9]), "nesterov": chance.random() < 0.5}
+    hyper["betas"] = chance.choice([(0.9, 0.999), (0.9, 0.95), (0.0, 0.9), (0.5, 0.99)])
+    return {**hyper, "eps": chance.choice([1e-8, 1e-4])} if kind == "AlphaAdam" else hyper
+
+
+def _lr(chance: random.Random) -> float:
+    return chance.choice([0.0, 1e-3, 1e-2, 3e-2])
+
+
+def _options(chance: random.Random) -> dict[str, Any]:
+    scope, sync = chance.choice([("global", "exact"), ("layer", "exact"), ("global", "delayed")])
+    return {
+        "gamma": chance.choice([0.0, 0.3, 1.0]),
+        "alpha_max": chance.choice([1.2, 4.0, float("inf")]),
+        "threshold": chance.choice([0.0, 0.0, 1 / 9, 1.0]),
+        "alpha_warmup": chance.choice([0, 0, 1, 4]),
         "scope": scope,
         "sync": sync,
-        "gamma": draw(st.sampled_from([0.0, 0.3, 1.0])),
-        "threshold": draw(st.sampled_from([0.0, 1 / 9, 1.0])),
-        "alpha_max": draw(st.sampled_from([1.2, 4.0])),
-        "alpha_warmup": draw(st.sampled_from([0, 4])),
-        "clip_norm": draw(st.sampled_from([None, 1.0])) if sync == "exact" and not zero else None,
-        "maximize": draw(st.booleans()),
-        "fused": draw(st.booleans()),
-        "verify_every": draw(st.sampled_from([0, 1, 2])),
+        "clip_norm": chance.choice([None, 1.0, 100.0]) if sync == "exact" else None,
+        "maximize": chance.random() < 0.3,
     }
-    steps = draw(st.integers(2, 7))
-    return Program(
-        regime=regime,
-        world=world,
-        shapes=tuple(shapes),
-        group_of=tuple(draw(st.lists(st.integers(0, 2), min_size=len(shapes), max_size=len(shapes)))),
-        hyper=tuple(draw(st.lists(hyper, min_size=3, max_size=3))),
-        late=not zero and regime != "stages" and draw(st.booleans()),  # every rank must add the group
-        options=options,
-        steps=steps,
-        absent=0.0 if zero else draw(st.sampled_from([0.0, 0.3])),  # ZeRO makes zeros of missing gradients
-        zeros=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        reload_after=frozenset(draw(st.sets(st.integers(0, steps - 1), max_size=2))),
-        seed=seed,
-    )
 
 
-class Model(nn.Module):
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in values.items():
-            setattr(self, name, nn.Parameter(value))
-
-    def forward(self, gradients: dict[str, Tensor]) -> Tensor:
-        return sum((getattr(self, name) * gradient).sum() for name, gradient in gradients.items())  # type: ignore[return-value]
-
-
-def shard(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """This rank's parameters, and what the optimizer must be told about them."""
-    values, world, chance = program.values(), program.world, random.Random(program.seed)
-    if program.regime in ("fsdp2", "hsdp"):
-        model = Model(values)
-        replicas = chance.choice([n for n in (1, 2, 4) if world % n == 0])
-        fully_shard(model, mesh=mesh(dp=world) if program.regime == "fsdp2" else mesh(r=replicas, s=world // replicas))
-        return dict(model.named_parameters()), {}
-    if program.regime == "dtensors":
-        over = mesh(a=2, b=2) if world == 4 and chance.random() < 0.5 else mesh(a=world)
-        for name, value in values.items():
-            dims = [chance.choice([Replicate(), *(Shard(d) for d in range(value.ndim))]) for _ in range(over.ndim)]
-            values[name] = distribute_tensor(value, over, dims, src_data_rank=None)
-    elif program.regime == "by-hand":
-        for name, value in values.items():
-            cuts = sorted(chance.randint(0, value.numel()) for _ in range(world - 1))
-            start, stop = ([0, *cuts][dist.get_rank()], [*cuts, value.numel()][dist.get_rank()])
-            part = nn.Parameter(value.view(-1)[start:stop].clone())
-            part.slice_of_whole = slice(start, stop)  # type: ignore[attr-defined]
-            values[name] = part
-        return values, {"sharding": "sharded"}
-    elif program.regime == "stages":
-        mine = dist.get_rank()
-        values = {n: v for i, (n, v) in enumerate(values.items()) if i % world == mine or i == 0}
-        return {n: nn.Parameter(v) for n, v in values.items()}, {"process_group": dist.group.WORLD}
-    return {n: nn.Parameter(v) for n, v in values.items()}, {}
-
-
-def run(program: Program, *, alone: bool = False) -> dict[str, Any]:
-    """On a rank, or alone and whole and without saving: alphas and counts of every step, and the parameters."""
-    whole = {n: nn.Parameter(v) for n, v in program.values().items()}
-    named, extra = (whole, {}) if alone else shard(program)
-
-    def build(numbers: list[int]) -> AlphaAdam:
-        groups = [program.group(number, named) for number in numbers]
-        return AlphaAdam([g for g in groups if g["params"]], **program.options, **extra)
-
-    optimizer = build(program.groups_at(0))
-    seen = []
-    for step, gradients in enumerate(program.gradients()):
-        for number in set(program.groups_at(step)) - set(program.groups_at(step - 1)) if step else ():
-            group = program.group(number, named)
-            if group["params"]:
-                optimizer.add_param_group(group)
-        for name, param in named.items():
-            gradient = gradients[name]
-            param.grad = None if gradient is None else pieces.local_part(gradient, param)
-        optimizer.step()
-        seen.append((optimizer.alpha, optimizer.agreement["agree"], optimizer.agreement["conflict"]))
-        if step in program.reload_after and not alone:
-            saved, optimizer = optimizer.state_dict(), build(program.groups_at(step))
-            optimizer.load_state_dict(saved)
-    shapes = {n: torch.Size(s) for n, s in zip(program.names, program.shapes, strict=True)}
-    return {"seen": seen, "params": pieces.pieces(named.items(), shapes, {p: p for p in named.values()})}
+def _events(chance: random.Random, unit: Unit, moves: bool) -> Iterator[Event]:
+    """What happens, in order; ``regime`` and the rest follow what that makes of the unit."""
+    regime, frozen, saved = unit.regime, set[str](), False
+    add_at = chance.randint(1, 3) if unit.late else None
+    steps = chance.randint(3, 8)
+    for step in range(steps):
+        flat = regime == "fsdp1-flat"
+        if chance.random() < 0.15:
+            yield Event("lr", {"group": chance.choice(unit.group_of), "value": _lr(chance)})
+        if chance.random() < 0.1:
+            yield Event("schedule", {"factor": chance.choice([0.5, 2.0])})
+        if chance.random() < 0.1:
+            name, value = chance.choice([*_hyper(chance, unit.kind).items()][1:])
+            yield Event("set", {"group": chance.choice(unit.group_of), "name": name, "value": value})
+        if not flat and chance.random() < 0.15:
+            name = chance.choice(unit.names)
+            yield Event("thaw" if name in frozen else "freeze", {"name": name})
+            frozen ^= {name}
+        if step == add_at:
+            yield Event("add", {"group": unit.late[0]})
+            saved = False
+        if chance.random() < 0.3:
+            yield from _around(chance, unit, regime, saved)
+        if regime in (*PLAIN, "dtensors") and chance.random() < 0.05:
+            yield Event("swap")
+        if chance.random() < 0.1:
+            yield Event("damaged", {"what": chance.choice(DAMAGES)})
+        if chance.random() < 0.1:
+            yield Event("save")
+            saved = True
+        if moves and not flat and chance.random() < 0.2 and (add_at is None or step > add_at):
+            others = [r for r in WORLDS if r != "fsdp1-flat" and (unit.named or r not in NEEDS_GROUP)]
+            regime, saved = chance.choice(others), False
+            yield Event("move", {"regime": regime, "world": chance.choice(WORLDS[regime])})
+        yield _step(chance, unit, flat)
+        if chance.random() < 0.6:
+            yield Event("look", {"through": chance.choice(["itself", "wrapper"])})
 
 
-def run_rule(program: Program) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """The definition itself: the counts of every step that had evidence, and the parameters."""
-    options = {key: value for key, value in program.options.items() if key not in ("verify_every", "fused")}
-    model = {
-        name: rule.Coordinates(
-            value, [torch.zeros_like(value), torch.zeros_like(value)], {**program.hyper[group], "step": 0.0}
-        )
-        for (name, value), group in zip(program.values().items(), program.group_of, strict=True)
-    }
-    memory, counts = rule.Memory(), []
-    for gradients in program.gradients():
-        rule.step_(list(model.values()), [gradients[name] for name in model], memory, **options)
-        counts.append((memory.agree, memory.conflict))
-    return counts, {name: c.param for name, c in model.items()}
+def _around(chance: random.Random, unit: Unit, regime: str, saved: bool) -> Iterator[Event]:
+    """Something that makes an optimizer of the one that is there."""
+    what = chance.choice(["copy", "reload", "reload", "retune", "torch", *["rewind"] * saved])
+    if what == "copy":
+        whole = regime in PLAIN and not unit.with_group and regime not in NEEDS_GROUP
+        yield Event("copy", {"how": chance.choice(["copy", "deepcopy", *["pickle"] * whole])})
+    elif what == "reload":
+        yield Event("reload", {"through": chance.choice(["itself", "wrapper"]), "file": regime in PLAIN})
+    elif what == "retune":
+        other_sync = ["sync"] * (unit.options["scope"] == "global" and unit.options["clip_norm"] is None)
+        changed = chance.choice(["gamma", "alpha_max", "threshold", "alpha_warmup", "maximize", *other_sync])
+        value = chance.choice(["exact", "delayed"]) if changed == "sync" else _options(chance)[changed]
+        yield Event("retune", {"name": changed, "value": value})
+    elif what == "torch" and unit.kind != "AlphaLion":
+        yield Event("torch")
+    elif what == "rewind":
+        yield Event("rewind", {"into": chance.choice(["itself", "another"])})
 
 
-def run_zero(program: Program) -> dict[str, Any]:
-    """On a rank of a real process group: the program under DeepSpeed, saved and loaded by it."""
-    stage = int(program.regime.removeprefix("zero"))
-
-    def start() -> Any:
-        model = Model(program.values())
-        groups = [program.group(number, dict(model.named_parameters())) for number in program.groups_at(0)]
-        started, *_ = engine.deepspeed.initialize(
-            model=model, optimizer=AlphaAdam(groups, **program.options), config=engine.config(stage)
-        )
-        return started
-
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder)
-    started, seen = start(), []
-    for step, gradients in enumerate(program.gradients()):
-        started.backward(started(gradients))
-        started.step()
-        optimizer = started.basic_optimizer
-        seen.append((optimizer.alpha, optimizer.agreement["agree"], optimizer.agreement["conflict"]))
-        if step in program.reload_after:
-            started.save_checkpoint(folder[0], tag=str(step))
-            started.destroy()
-            started = start()
-            path, _ = started.load_checkpoint(folder[0], tag=str(step))
-            assert path is not None
-    result = {"seen": seen, "params": engine.masters(started)}
-    started.destroy()
-    return result
+def _step(chance: random.Random, unit: Unit, flat: bool) -> Event:
+    absent = chance.choice([0.0, 0.0, 0.3, 1.0 if chance.random() < 0.3 else 0.0])
+    zero = chance.choice([0.0, 0.0, 0.3, 1.0 if chance.random() < 0.5 else 0.0])
+    return Event("step", {
+        "salt": chance.randrange(2**32),
+        "absent": () if flat else tuple(n for n in unit.names if chance.random() < absent),
+        "zero": tuple(n for n in unit.names if chance.random() < zero),
+        "sparse": chance.choice([0.0, 0.1, 0.7]),
+        "by": chance.choice(["step", "closure", "wrapper"]),
+    })  # fmt: skip

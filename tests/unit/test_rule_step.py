@@ -1,4 +1,4 @@
-"""A whole step of the rule: the five properties of the design, and a naive implementation that must agree with it."""
+"""A whole step of the rule: the five properties of the design, and the rule written anew, which must agree with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from alphaadam_dist import rule
 
-from . import naive
+from ..faults.rule_in_numpy import MOMENTS, Array, Options, Rule
 from .problems import SHAPES, gradients, same_bits, tensors
 
 SAME: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -259,7 +260,7 @@ def test_a_step_without_evidence_leaves_the_memory(sync: str) -> None:
     assert [c.hyperparameters["step"] for c in model] == [5.0] * len(model)
 
 
-# ---- the naive implementation
+# ---- the rule written anew
 
 
 @st.composite
@@ -272,64 +273,59 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "steps": draw(st.integers(1, 6)),
         "absent": draw(st.sampled_from([0.0, 0.3])),
         "zeros": draw(st.sampled_from([0.1, 0.7, 1.0])),
-        "options": {
-            "scope": scope,
-            "sync": sync,
-            "gamma": draw(st.sampled_from([0.0, 0.3, 1.0])),
-            "threshold": draw(st.sampled_from([0.0, 1 / 9, 1.0])),
-            "alpha_max": draw(st.sampled_from([1.0, 1.2, 4.0])),
-            "alpha_warmup": draw(st.sampled_from([0, 1, 4])),
-            "clip_norm": draw(st.sampled_from([None, 0.3, 100.0])) if sync == "exact" else None,
-            "maximize": draw(st.booleans()),
-        },
+        "options": Options(
+            scope=scope,
+            sync=sync,
+            gamma=draw(st.sampled_from([0.0, 0.3, 1.0])),
+            threshold=draw(st.sampled_from([0.0, 1 / 9, 1.0])),
+            alpha_max=draw(st.sampled_from([1.0, 1.2, 4.0])),
+            alpha_warmup=draw(st.sampled_from([0, 1, 4])),
+            clip_norm=draw(st.sampled_from([None, 0.3, 100.0])) if sync == "exact" else None,
+            maximize=draw(st.booleans()),
+        ),
     }
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(problems())
-def test_the_naive_implementation_agrees(problem: dict[str, Any]) -> None:
+def test_the_rule_written_anew_agrees(problem: dict[str, Any]) -> None:
     # Values come from a seed, not from hypothesis: its round numbers would sit on the boundary of a threshold, where
     # the rounding of two ways to write one inequality decides.
-    chance = random.Random(problem["seed"])
+    chance, draw = random.Random(problem["seed"]), np.random.default_rng(problem["seed"])
+    anew = Rule({"adam": "AlphaAdam", "lion": "AlphaLion", "sgd": "AlphaSGD"}[problem["kind"]], problem["options"])
     model: list[rule.Coordinates] = []
-    weights: list[naive.Weights] = []
-    for shape in problem["shapes"]:
-        start = [chance.gauss(0, 1) for _ in range(math.prod(shape))]
-        param = torch.tensor(start, dtype=torch.float64).reshape(shape)
-        lr, decay = 10 ** chance.uniform(-4, -1), chance.choice([0.0, 0.1])
-        beta1, beta2 = chance.choice([0.0, 0.5, 0.9]), chance.choice([0.9, 0.999])
-        hyper: dict[str, Any] = {"lr": lr, "weight_decay": decay}
-        if problem["kind"] == "adam":
-            own: dict[str, Any] = {"betas": (beta1, beta2), "eps": 10 ** chance.uniform(-9, -4), "step": 0.0}
-        elif problem["kind"] == "lion":
-            own = {"betas": (beta1, beta2)}
+    for i, shape in enumerate(problem["shapes"]):
+        start = np.array(draw.normal(size=shape))
+        hyper: dict[str, Any] = {"lr": 10 ** chance.uniform(-4, -1), "weight_decay": chance.choice([0.0, 0.1])}
+        if problem["kind"] == "sgd":
+            hyper |= {"momentum": chance.choice([0.5, 0.9]), "nesterov": chance.random() < 0.5}
         else:
-            own = {"momentum": chance.choice([0.5, 0.9]), "nesterov": chance.random() < 0.5}
-        moments = [torch.zeros_like(param) for _ in range(2 if problem["kind"] == "adam" else 1)]
-        model.append(rule.Coordinates(param.clone(), moments, {**hyper, **own}))
-        plain = {name: value for name, value in own.items() if name not in ("betas", "step")}
-        weights.append(naive.Weights(start, kind=problem["kind"], beta1=beta1, beta2=beta2, **hyper, **plain))
-    run, memory = naive.Run(weights, **problem["options"]), rule.Memory()
+            hyper |= {"betas": (chance.choice([0.0, 0.5, 0.9]), chance.choice([0.9, 0.999]))}
+        if problem["kind"] == "adam":
+            hyper |= {"eps": 10 ** chance.uniform(-9, -4)}
+        anew.add(str(i), start, hyper)
+        moments = [torch.zeros(shape, dtype=torch.float64) for _ in MOMENTS[anew.kind]]
+        steps = {"step": 0.0} if problem["kind"] == "adam" else {}
+        model.append(rule.Coordinates(torch.from_numpy(start.copy()), moments, {**hyper, **steps}))
+    memory = rule.Memory()
 
     for _ in range(problem["steps"]):
-        grads: list[list[float] | None] = []
-        for w in weights:
-            one = [0.0 if chance.random() < problem["zeros"] else chance.gauss(0, 1) for _ in w.p]
-            grads.append(None if chance.random() < problem["absent"] else one)
-        if all(g is None for g in grads):
-            continue  # test_a_step_where_every_gradient_is_none_is_no_step
-        run.step(grads)
-        given_ = [
-            None if g is None else torch.tensor(g, dtype=torch.float64).reshape(shape)
-            for g, shape in zip(grads, problem["shapes"], strict=True)
-        ]
-        rule.step_(model, given_, memory, getattr(rule, f"{problem['kind']}_"), **problem["options"])
+        grads: dict[str, Array] = {}
+        for name, parameter in anew.parameters.items():
+            grad = np.array(draw.normal(size=parameter.value.shape))
+            grad[draw.random(grad.shape) < problem["zeros"]] = 0.0
+            if draw.random() >= problem["absent"]:
+                grads[name] = grad
+        anew.step(grads)
+        given_ = [torch.from_numpy(grads[name]) if name in grads else None for name in anew.parameters]
+        rule.step_(model, given_, memory, getattr(rule, f"{problem['kind']}_"), **vars(problem["options"]))
 
-    assert (memory.applied, memory.agree, memory.conflict) == (run.T, run.A, run.C)
-    assert memory.alpha == pytest.approx(run.alpha, rel=1e-15)
-    for c, w in zip(model, weights, strict=True):
-        assert c.hyperparameters.get("step", w.t) == w.t
-        for ours, theirs in zip((c.param, *c.moments), (w.p, w.m, w.v), strict=False):
-            expected = torch.tensor(theirs, dtype=torch.float64).reshape(c.param.shape)
+    counts = anew.memory.T, anew.memory.agree, anew.memory.conflict
+    assert (memory.applied, memory.agree, memory.conflict) == counts
+    assert memory.alpha == pytest.approx(anew.memory.alpha, rel=1e-15)
+    for c, parameter in zip(model, anew.parameters.values(), strict=True):
+        assert c.hyperparameters.get("step", parameter.t) == parameter.t
+        expected = [parameter.value, *(parameter.moment(name) for name in MOMENTS[anew.kind])]
+        for ours, theirs in zip((c.param, *c.moments), expected, strict=True):
             # some ten roundings of float64 a step, over six steps, of numbers near 1
-            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=1e-12, atol=1e-12)

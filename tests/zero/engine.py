@@ -69,7 +69,7 @@ def masters(engine: Any) -> dict[str, Tensor]:
     for name, param in engine.module.named_parameters():
         if param.requires_grad:
             if engine.zero_optimization_stage() == 0:
-                full = _stage_zero_master(engine, param)
+                full = stage_zero_master(engine, param)
             elif engine.zero_optimization_stage() < 3 and param.dtype == torch.float32:
                 full = param  # it is the master, and safe_get_* is wrong under round_robin_gradients
             else:
@@ -82,7 +82,7 @@ def loss_scale(engine: Any) -> float:
     return float(getattr(engine.optimizer, "loss_scale", 1.0))
 
 
-def _stage_zero_master(engine: Any, param: Tensor) -> Tensor:
+def stage_zero_master(engine: Any, param: Tensor) -> Tensor:
     if engine.optimizer is engine.basic_optimizer:
         return param
     pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
