@@ -68,7 +68,8 @@ def prove(layout: Layout, optimizer: AlphaOptimizer) -> None:
 
     Raises:
         ValueError: at a fresh start, on all ranks, where copies differ or parts are copies. Later that is a warning,
-            once: replicas may drift apart, and a run that goes on must not die of it.
+            once: replicas may drift apart, and a run that goes on must not die of it. Equal copies that get unrelated
+            gradients are a warning from the first step on.
     """
     before, group = optimizer._run.layout, layout.group
     layout.drift_told = before is not None and before.drift_told
@@ -78,11 +79,15 @@ def prove(layout: Layout, optimizer: AlphaOptimizer) -> None:
     without_whole = any(part.shard.global_numel is None for part in layout.parts)
     by_rank = first_to_say(without_whole or None, group, layout.device, "are there shards without a whole?") is not None
     grads = {part.param: gradient(part.param) for part in layout.parts} if fresh else {}
-    problem = _differing(layout, group, grads) if layout.shared else None
+    problem = _differing(layout, group) if layout.shared else None
     if problem is None and by_rank:
         problem = _copies_taken_for_parts(layout, group, grads)
     if problem is not None:
         report(layout, problem, fresh=fresh)
+    elif grads and layout.shared:
+        unrelated = _with_unrelated_gradients(layout, group, grads)
+        if unrelated is not None:
+            report(layout, unrelated, fresh=False)  # local SGD is meant to do so
 
 
 def is_fresh(optimizer: AlphaOptimizer, group: dist.ProcessGroup, device: torch.device, *, first: bool) -> bool:
@@ -113,13 +118,16 @@ def not_copies(difference: Difference) -> str:
 # ---- the comparisons
 
 
-def _differing(layout: Layout, group: dist.ProcessGroup, grads: Mapping[Tensor, Tensor | None]) -> str | None:
-    """What is wrong with the parts that several ranks hold. Collective, and the same on all ranks."""
+def _differing(layout: Layout, group: dist.ProcessGroup) -> str | None:
+    """What is wrong with the values of parts that several ranks hold. Collective, and the same on all ranks."""
     difference = where_apart(layout, group, layout.device, "handshake (do replicas hold the same values?)")
-    if difference is not None:
-        return not_copies(difference)
-    if not grads:
-        return None
+    return None if difference is None else not_copies(difference)
+
+
+def _with_unrelated_gradients(
+    layout: Layout, group: dist.ProcessGroup, grads: Mapping[Tensor, Tensor | None]
+) -> str | None:
+    """What is wrong with the gradients of parts that several ranks hold. Collective, and the same on all ranks."""
     parts, count = _copies(layout, group)
     given = [_run(part, grads[part.param]) for part in parts]
     what = "handshake (do replicas get the same gradients?)"

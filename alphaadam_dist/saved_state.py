@@ -50,7 +50,6 @@ def check_groups(
     state_dict: Mapping[str, Any],
     here: int,
     defaults: Mapping[str, Any],
-    fixed: Mapping[str, Any],
     hyperparameters: Iterable[str],
     check_group: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -65,12 +64,6 @@ def check_groups(
             "it was saved with (in a DeepSpeed config, adding or removing no_decay changes them)"
         )
     for i, group in enumerate(groups):
-        for name, value in fixed.items():
-            if group.get(name, value) != value:
-                raise ValueError(
-                    f"the checkpoint has {name}={group[name]!r}, which {kind} does not have: load it into the "
-                    "optimizer that wrote it"
-                )
         missing = [name for name in hyperparameters if name not in group]
         if missing:
             raise ValueError(
@@ -128,6 +121,17 @@ def _real(value: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError
     return float(number)
+
+
+def check_fixed(kind: str, state_dict: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise ValueError where a group was stepped with what ``kind`` has one value of, and another value."""
+    for group in state_dict["param_groups"]:
+        for name, value in fixed.items():
+            if group.get(name, value) != value:
+                raise ValueError(
+                    f"the checkpoint has {name}={group[name]!r}, which {kind} does not have: load it into the "
+                    "optimizer that wrote it"
+                )
 
 
 def check_names(kind: str, state_dict: Mapping[str, Any], moments: Sequence[str]) -> None:

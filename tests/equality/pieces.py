@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from alphaadam_dist.shards import clean_name
+from alphaadam_dist.shards import clean_names
 
 Pieces = dict[str, tuple[Tensor, Tensor]]
 """For every parameter the flat indices of the elements that a rank holds, and their values."""
@@ -48,10 +48,16 @@ def of_model(model: nn.Module, shapes: dict[str, torch.Size]) -> Pieces:
     """The parameters of a model on this rank."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            named = [(clean_name(n), p.detach().clone()) for n, p in model.named_parameters()]
-            return {n: (torch.arange(p.numel()), p.reshape(-1)) for n, p in named}
-    named = [(clean_name(n), p) for n, p in model.named_parameters()]
+            return {n: (torch.arange(p.numel()), p.detach().clone().reshape(-1)) for n, p in clean(model)}
+    named = clean(model)
     return pieces(named, shapes, {p: p for _, p in named})
+
+
+def clean(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters by their names in the bare model."""
+    named = list(model.named_parameters())
+    names = clean_names(name for name, _ in named)
+    return [(names[name], param) for name, param in named]
 
 
 def assemble(ranks: list[Pieces], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def test_replicas_send_nothing_to_agree(lacking: Callable[..., None]) -> None:
         param.grad = torch.ones(200)
         with threads.Collectives() as stepping:
             optimizer.step()
-        assert optimizer._kernels([param]) is kernels.reference
+        assert optimizer._kernels(param) is kernels.reference
         return building.seen + stepping.seen
 
     assert threads.run(2, sent) == [[], []]
@@ -129,7 +129,7 @@ def only_on_rank_zero() -> str:
     optimizer = AlphaAdam([param])
     param.grad = torch.ones(200)
     optimizer.step()
-    return optimizer._kernels([param]).__name__.rpartition(".")[2]
+    return optimizer._kernels(param).__name__.rpartition(".")[2]
 
 
 @pytest.mark.parametrize(("without", "kind"), [((), "cpu"), ((0,), "reference"), ((1,), "cpu")])
@@ -174,7 +174,7 @@ def taken_by_replicas(**options: Any) -> list[str]:
     dist.barrier()
     param.grad = torch.ones(200)
     optimizer.step()
-    return [optimizer._kernels([param]).__name__.rpartition(".")[2]]
+    return [optimizer._kernels(param).__name__.rpartition(".")[2]]
 
 
 def test_verify_every_compares_the_kernels(lacking: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
