@@ -11,7 +11,8 @@ from torch import Tensor
 from alphaadam_dist.fingerprint import ROW, ROWS, UNKNOWN, fingerprints, sketch, varies
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LENGTHS = (1, 2, 3, 7, ROW - 1, ROW, 2 * ROW, 2 * ROW + 3, 2 * ROW * ROWS, 2 * ROW * ROWS + 5)
+LENGTHS = (1, 2, 3, 7, ROW - 1, ROW, 2 * ROW, 2 * ROW + 3)
+SEVERAL_PIECES = (2 * ROW * ROWS, 2 * ROW * ROWS + 5)
 
 
 def of(tensor: Tensor | None) -> int:
@@ -22,8 +23,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(n, dtype) for n in LENGTHS for dtype in DTYPES] + [(n, torch.float32) for n in SEVERAL_PIECES],
+)
 def test_equal_bits_have_one_number_and_one_changed_bit_another(length: int, dtype: torch.dtype) -> None:
     tensor = random(length, dtype=dtype)
     number = of(tensor)
@@ -92,13 +95,14 @@ def test_many_at_once_are_those_one_by_one() -> None:
     assert fingerprints([]) == []
 
 
+@pytest.mark.slow
 def test_it_needs_little_memory_beside_the_tensor() -> None:
-    """Of 256 MiB a fortieth, and not a copy."""
-    tensor = torch.ones(2**26)
+    """Of 128 MiB a sixteenth, and not a copy."""
+    tensor = torch.ones(2**25)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         of(tensor)
     largest = max(event.self_cpu_memory_usage / max(event.count, 1) for event in profile.key_averages())
-    assert largest < tensor.nbytes / 20
+    assert 0 < largest < tensor.nbytes / 15
 
 
 @pytest.mark.parametrize(("values", "told"), [([1, 1, 1], False), ([0, 0], False), ([2], False), ([1, 2], True)])
