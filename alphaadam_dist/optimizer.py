@@ -118,6 +118,9 @@ class AlphaOptimizer(Persistent):
         self._run = Run(weakref.ref(self), process_group)
         super().__init__(params, defaults)
         self._reduce_group([self._shards_of(*named) for named in self._named_parameters()])  # for its errors
+        from .zero.registration import wrap_engine  # not at the top: it imports this module
+
+        wrap_engine()
 
     def __init_subclass__(cls) -> None:
         """Give the class the signature it has with the options of the family, for help() and error messages."""

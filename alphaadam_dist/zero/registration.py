@@ -25,6 +25,9 @@ from . import versions
 ENGINE = "deepspeed.runtime.engine"
 METHODS = ("_configure_basic_optimizer", "_do_optimizer_sanity_check", "_configure_optimizer")
 
+ATTACHES = "alphaadam_attaches"
+"""Attribute of an engine that will attach to the optimizer that it is being configured with."""
+
 _registered: list[type[AlphaOptimizer]] = []
 
 
@@ -34,23 +37,37 @@ def register(*kinds: type[AlphaOptimizer]) -> None:
         if getattr(torch.optim, kind.__name__, None) is not kind:
             setattr(torch.optim, kind.__name__, kind)
             _registered.append(kind)
+    if not wrap_engine() and not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def wrap_engine() -> bool:
+    """Wrap DeepSpeed's engine if it has been imported, and say whether it has.
+
+    Every optimizer calls it when it is made: somebody else's import hook may have imported the engine past ours.
+    """
     engine = sys.modules.get(ENGINE)
     if engine is not None:
         _wrap(engine)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    return engine is not None
 
 
 class _WhenImported(MetaPathFinder):
     """Finds DeepSpeed's engine as the other finders do, and wraps it once its module has run."""
 
+    _asked = False  # by itself, through a finder that asks all others
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """What importlib asks of every finder; None leaves the module to the others."""
-        if name != ENGINE:
+        if name != ENGINE or self._asked:
             return None
-        others = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
-        found = (find(name, path, target) for find in others if find is not None)
-        spec = next((spec for spec in found if spec is not None), None)
+        self._asked = True
+        try:
+            others = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
+            found = (find(name, path, target) for find in others if find is not None)
+            spec = next((spec for spec in found if spec is not None), None)
+        finally:
+            self._asked = False
         execute = getattr(spec and spec.loader, "exec_module", None)
         if spec is not None and execute is not None:
 
@@ -97,6 +114,12 @@ def _built(build: Callable[..., Any]) -> Callable[..., Any]:
 def _checked(check: Callable[..., Any]) -> Callable[..., Any]:
     def checked(engine: Any, basic_optimizer: Any) -> Any:
         if isinstance(basic_optimizer, AlphaOptimizer):
+            if not getattr(engine, ATTACHES, False):
+                raise RuntimeError(
+                    "deepspeed.initialize had begun before alphaadam_dist could wrap its engine, so that nobody would "
+                    "count the whole model: write `import alphaadam_dist` before deepspeed.initialize, and leave out "
+                    "import hooks that import DeepSpeed by themselves"
+                )
             _attach_module().prepare(engine, basic_optimizer, supported=type(basic_optimizer) in _registered)
         else:
             refuse_swapped(basic_optimizer)
@@ -107,6 +130,7 @@ def _checked(check: Callable[..., Any]) -> Callable[..., Any]:
 
 def _configured(configure: Callable[..., None]) -> Callable[..., None]:
     def configured(engine: Any, *args: Any, **kwargs: Any) -> None:
+        setattr(engine, ATTACHES, True)
         configure(engine, *args, **kwargs)
         if isinstance(engine.basic_optimizer, AlphaOptimizer):
             _attach_module().attach(engine, engine.basic_optimizer)

@@ -148,27 +148,32 @@ def test_one_parameter_of_two_dtypes_is_refused() -> None:
 # ---- replicas that never were one, or do not stay one
 
 
-def hsdp(model_seed: int, gradient_seed: int = 1, **options: Any) -> str:
+def hsdp(model_seed: int, gradient_seed: int = 1) -> AlphaAdam:
     model = given.fsdp2(Given(model_seed), given.mesh(replicate=2, shard=2))
-    optimizer = AlphaAdam(model.named_parameters(), **options)
+    optimizer = AlphaAdam(model.named_parameters())
     given.give(model, given_gradients(1, gradient_seed)[0])
-    return refused(optimizer)
+    return optimizer
 
 
-def hsdp_by_replica(which: str) -> str:
-    replica = dist.get_rank() // 2
-    return hsdp(*{"values": (replica,), "gradients": (0, 1 + replica)}[which])
+def replicas_of_other_seeds() -> str:
+    return refused(hsdp(dist.get_rank() // 2))
+
+
+def replicas_of_other_gradients() -> None:
+    hsdp(0, 1 + dist.get_rank() // 2).step()
 
 
 def test_replicas_of_other_seeds_are_refused() -> None:
-    messages = threads.run(4, hsdp_by_replica, "values")
+    messages = threads.run(4, replicas_of_other_seeds)
     assert len(set(messages)) == 1
     assert re.search(r"one on rank \d, another on rank \d; relative deviation 1\.\d", messages[0])
     assert "never made equal (other seeds?)" in messages[0]
 
 
-def test_replicas_whose_gradients_were_not_averaged_are_refused() -> None:
-    messages = threads.run(4, hsdp_by_replica, "gradients")
+def test_replicas_whose_gradients_were_not_averaged_are_told(said: dict[int, list[str]]) -> None:
+    threads.run(4, replicas_of_other_gradients)
+    assert set(said) == {0, 1, 2, 3}
+    messages = [message for (message,) in said.values()]
     assert len(set(messages)) == 1
     assert "average their gradients before step()" in messages[0]
 

@@ -133,6 +133,44 @@ def fake(**methods: Any) -> Any:
     return SimpleNamespace(DeepSpeedEngine=type("DeepSpeedEngine", (), methods))
 
 
+def past_the_hook(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> Any:
+    """The class of an engine that somebody else's import hook has imported, so that ours has not seen it."""
+    engine = fake(**{**dict.fromkeys(registration.METHODS, lambda self, *_: None), **methods})
+    monkeypatch.setitem(sys.modules, registration.ENGINE, engine)
+    return engine.DeepSpeedEngine
+
+
+def test_an_engine_imported_past_the_hook_is_wrapped_when_an_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_class = past_the_hook(monkeypatch)
+    assert not hasattr(engine_class._configure_optimizer, "alphaadam")
+    AlphaAdam([torch.nn.Parameter(torch.ones(1))])
+    assert engine_class._configure_optimizer.alphaadam
+
+
+def test_an_engine_that_is_already_configuring_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer of a JSON is made inside the method that would have to attach to it."""
+
+    def configure(self: Any) -> None:
+        optimizer = AlphaAdam([torch.nn.Parameter(torch.ones(1))])
+        self._do_optimizer_sanity_check(optimizer)
+
+    engine = past_the_hook(monkeypatch, _configure_optimizer=configure)()
+    with pytest.raises(RuntimeError, match=r"had begun before .* `import alphaadam_dist` before deepspeed.initialize"):
+        engine._configure_optimizer()
+
+
+def test_a_finder_that_asks_all_others_ends() -> None:
+    finder = registration._WhenImported()
+
+    class Asking:
+        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+            return finder.find_spec(name, path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "meta_path", [finder, Asking()])
+        assert finder.find_spec(registration.ENGINE, None) is None
+
+
 def test_wrapping_an_engine_twice_changes_nothing() -> None:
     methods = dict.fromkeys(registration.METHODS, lambda self, *_: None)
     engine = fake(**methods)
