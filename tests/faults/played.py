@@ -235,6 +235,7 @@ class Player(Compared):
             self._take(copy.deepcopy(self.optimizer, {id(param): param for param in self.cut.named.values()}))
         else:
             optimizer, self.cut.named = pickle.loads(pickle.dumps((self.optimizer, self.cut.named)))
+            optimizer.process_group = self.cut.told.get("process_group")  # no pickle can hold it
             self._take(optimizer)
 
     def reload(self, through: str, file: bool) -> None:

@@ -47,23 +47,26 @@ class ZeroPlayer(Compared):
     def __init__(self, unit: Unit, start: np.ndarray[Any, Any]) -> None:
         self.unit, self.start = unit, start
         self.where = f"rank {dist.get_rank()}"
+        self.numbers = sorted(set(unit.group_of) - set(unit.late))
         self._start()
 
     def _start(self) -> None:
         unit, (stage, *more) = self.unit, self.unit.regime.removeprefix("zero").split("-")
         model = Model({name: value.clone() for name, value in self._by_name(self.start).items()})
-        of, named = dict(zip(unit.names, unit.group_of, strict=True)), list(model.named_parameters())
+        self.named = dict(model.named_parameters())
         options = {**unit.options, "fused": unit.fused, "verify_every": unit.verify_every}
         clip = options.pop("clip_norm")
-        optimizer = getattr(alphaadam_dist, unit.kind)(
-            [{"params": [(n, p) for n, p in named if of[n] == g], **unit.hyper[g]} for g in sorted(set(of.values()))],
-            **options,
-        )
+        optimizer = getattr(alphaadam_dist, unit.kind)([self._group(number) for number in self.numbers], **options)
         config = engine.config(int(stage), "bf16" if "bf16" in more else "fp32", offload="offload" in more)
         config["gradient_clipping"] = clip or 0.0
         engine.get_accelerator().is_fp16_supported = lambda: True
         self.engine, *_ = engine.deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.optimizer, self.stepped = self.engine.basic_optimizer, False
+
+    def _group(self, number: int) -> dict[str, Any]:
+        of = dict(zip(self.unit.names, self.unit.group_of, strict=True))
+        members = [(name, param) for name, param in self.named.items() if of[name] == number]
+        return {"params": members, **self.unit.hyper[number]}
 
     def _by_name(self, flat: np.ndarray[Any, Any]) -> dict[str, Tensor]:
         sizes = [int(np.prod(shape)) for shape in self.unit.shapes]
@@ -80,8 +83,12 @@ class ZeroPlayer(Compared):
         self.stepped = True
 
     def lr(self, group: int, value: float) -> None:
-        numbers = sorted(set(self.unit.group_of))
-        self.optimizer.param_groups[numbers.index(group)]["lr"] = value
+        if group in self.numbers:
+            self.optimizer.param_groups[self.numbers.index(group)]["lr"] = value
+
+    def add(self, group: int) -> None:
+        self.numbers.append(group)
+        self.optimizer.add_param_group(self._group(group))
 
     def reload(self, through: str, file: bool) -> None:
         """By DeepSpeed's own checkpoint, into a new engine."""
@@ -103,7 +110,7 @@ class ZeroPlayer(Compared):
         at = {name: index.long().view(-1) for name, index in self._by_name(np.arange(len(self.start))).items()}
         for name, param in self.engine.module.named_parameters():
             self.near("param", name, whole[name].view(-1), at[name])
-            for moment in MOMENTS[self.unit.kind] if self.expected.t[name] else ():
+            for moment in MOMENTS[self.unit.kind] if self.expected.t.get(name) else ():
                 self.near(moment, name, self._moment(param, moment).view(-1), at[name])
 
     def _moment(self, param: nn.Parameter, moment: str) -> Tensor:
