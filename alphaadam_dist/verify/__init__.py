@@ -9,6 +9,7 @@ def verify() -> int:
     Raises:
         ValueError: the launcher does not say where the ranks meet.
     """
+    import logging
     import warnings
 
     import torch.distributed as dist
@@ -17,8 +18,10 @@ def verify() -> int:
     from . import launch, report, run
 
     warnings.simplefilter("ignore")  # torch and DeepSpeed warn of their own use of each other, on every rank
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of how this gathers the parameters
     device = launch.join()
     rows = list(run.rows(device, run.starts(device)))
+    left_out = run.left_out(device)
     if dist.get_rank() == 0:
-        report.show(Console(), rows, device, run.left_out())
+        report.show(Console(), rows, device, left_out)
     return int(any(row.problems for row in rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 HEADS = 4
 
@@ -55,12 +56,15 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder of about 20 thousand parameters, with an odd vocabulary. Weights depend on ``seed`` alone."""
+    """A decoder of about 20 thousand parameters, with an odd vocabulary. Weights depend on ``seed`` alone.
+
+    ``width`` is a multiple of 8. At 256 it has 1.2 million parameters.
+    """
 
     def __init__(self, seed: int = 0, *, vocabulary: int = 67, width: int = 32, layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList([Block(width, HEADS, inner=56) for _ in range(layers)])
+        self.layers = nn.ModuleList([Block(width, HEADS, inner=width * 7 // 4) for _ in range(layers)])
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, vocabulary, bias=False)
         generator = torch.Generator().manual_seed(seed)
@@ -74,6 +78,18 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x))
+
+
+class InBfloat16(nn.Module):
+    """Mixed precision in one process: ``module`` keeps its fp32 parameters, forward and backward run in bf16."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.bfloat16().float()  # parameters begin as the model has them
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rounded = {name: param.bfloat16() for name, param in self.module.named_parameters()}
+        return functional_call(self.module, rounded, (tokens,))
 
 
 def rotate(x: Tensor) -> Tensor:

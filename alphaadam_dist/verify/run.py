@@ -1,36 +1,59 @@
 """Trains the Llama in one process and under every sharding, and compares.
 
+A row passes where the sharding is what one process is on the same kernels, and where one process is on them what it is
+on the reference. The model is one for which users get the fast kernels.
+
 Every rank trains on the same batches: averaging equal gradients changes no more than a last bit, so what differs comes
 from the sharding. Tensor parallelism splits the sums behind a gradient, as does a world that is no power of two its
-average; then rounding may turn the sign of a gradient that is all but zero, and with it a step of one coordinate.
+average, and kernels differ in last bits too; then rounding may turn the sign of a gradient that is all but zero, and
+with it a step of one coordinate.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..alphaadam import AlphaAdam
+from .. import kernels
+from ..optimizer import AlphaOptimizer
 from . import shardings, zero
 from .collectives import Collectives
-from .model import Llama, next_token_loss, token_batches
+from .model import InBfloat16, Llama, next_token_loss, token_batches
+from .settings import ADAMW, REFERENCE, Setting
 
-STEPS, BATCH, LR = 10, 8, 1e-3
-SETTINGS: dict[str, dict[str, Any]] = {"exact": {}, "delayed": {"sync": "delayed"}, "layer": {"scope": "layer"}}
+SCALES = (1.0, 4.0, 0.25, 2.0, 0.5)
+"""Of each step's loss, so that clipping cuts some gradients, by different factors, and spares others."""
+STEPS, BATCH = len(SCALES), 8
+COUNTED = 1
+"""The step whose collectives are counted, which takes time. The one before builds the layout, those after are timed."""
+WIDTH, SMALL_WIDTH = 256, 32
+"""Of the Llama: with more parameters than the ``kernels.SMALL`` below which nothing is fast, and with few."""
 
-DEVIATION_BAR = 1e-4
-"""Relative L2 over the model, beyond ten times AdamW's. A sign that rounding turned costs 1e-5 to 3e-5 here, alphas of
-each rank's own 1e-3."""
-COUNTS_BAR = 1e-3
-"""Share of the evidence by which counts may differ from one process's: such signs are one in 10,000, or none."""
+
+@dataclass(frozen=True)
+class Bar:
+    """What rounding may change: ``counts`` as a share of the evidence, parameters by a ``deviation``."""
+
+    deviation: float
+    counts: float
+
+    def beyond(self, adamw_deviation: float) -> Bar:
+        return replace(self, deviation=self.deviation + 10 * adamw_deviation)
+
+
+BARS = {False: Bar(1e-2, 1e-4), True: Bar(5e-2, 2e-3)}
+"""In fp32 and in bf16. What was measured, on 1 to 4 ranks: 2e-3 and 2e-5 in fp32; in bf16 1e-6 and none, but 2e-2 and
+4e-4 on 3 ranks, where averaging equal gradients rounds."""
 
 
 @dataclass
@@ -52,8 +75,8 @@ class Row:
     setting: str
     deviation: float = float("nan")
     adamw_deviation: float = float("nan")
-    collectives: float = 0.0
-    bytes: float = 0.0
+    collectives: int = 0
+    bytes: int = 0
     seconds: float = 0.0
     adamw_seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -69,130 +92,192 @@ def train(
     is_engine = hasattr(model, "backward")
     alphas, counts, seconds = [], [], 0.0
     counted = Collectives()
-    for i, batch in enumerate(token_batches(STEPS, BATCH).to(device)):
-        loss = next_token_loss(model(batch), batch)
+    for i, (batch, scale) in enumerate(zip(token_batches(STEPS, BATCH).to(device), SCALES, strict=True)):
+        loss = scale * next_token_loss(model(batch), batch)
         (model.backward if is_engine else torch.Tensor.backward)(loss)
         start = time.perf_counter()
-        if i == 0:  # it builds the layout, once
+        with counted if i == COUNTED else nullcontext():
             (model if is_engine else optimizer).step()
-        else:
-            with counted:
-                (model if is_engine else optimizer).step()
-        if isinstance(optimizer, AlphaAdam):
+        if isinstance(optimizer, AlphaOptimizer):
             alphas.append(optimizer.alpha)  # synchronises, so the clock is right on a GPU too
             counts.append((optimizer.agreement["agree"], optimizer.agreement["conflict"]))
         elif device.type != "cpu":
             torch.accelerator.synchronize()
-        seconds += 0.0 if i == 0 else time.perf_counter() - start
-        optimizer.zero_grad()
-    return Trained(dict(full_parameters(model)), alphas, counts, counted.seen, seconds / (STEPS - 1))
+        seconds += time.perf_counter() - start if i > COUNTED else 0.0
+        if not is_engine:  # DeepSpeed does it in its step
+            optimizer.zero_grad()
+    return Trained(dict(full_parameters(model)), alphas, counts, counted.seen, seconds / (STEPS - COUNTED - 1))
 
 
-def deviation(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Relative L2 distance over the whole model."""
-    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
-    return (difference / sum(float(b[name].double().square().sum()) for name in b)) ** 0.5
+@dataclass(frozen=True)
+class Start:
+    """A sharding to try.
+
+    Attributes:
+        train: trains with a setting, on the fast kernels or not.
+        steps_on: the device whose kernels step.
+        bf16: the model is in bf16, and a small one: many CPUs take long to multiply in bf16.
+    """
+
+    settings: Sequence[Setting]
+    train: Callable[[Setting, bool], Trained]
+    steps_on: torch.device
+    bf16: bool = False
 
 
-Start = Callable[[dict[str, Any] | None], Trained]
-"""Trains with AlphaAdam's options, or with AdamW where they are None."""
-
-
-def _optimizer(named: Iterable[tuple[str, Tensor]], options: dict[str, Any] | None) -> torch.optim.Optimizer:
-    if options is None:
-        return torch.optim.AdamW(named, lr=LR, foreach=False)
-    return AlphaAdam(named, lr=LR, **options)
-
-
-def alone(device: torch.device) -> Start:
-    def start(options: dict[str, Any] | None) -> Trained:
-        model = Llama().to(device)
-        return train(model, _optimizer(model.named_parameters(), options), device, shardings.full_parameters)
-
-    return start
+def llama(device: torch.device, *, bf16: bool = False) -> Llama:
+    """What is trained."""
+    return Llama(width=SMALL_WIDTH if bf16 else WIDTH).to(device)
 
 
 def under(sharding: shardings.Sharding, device: torch.device) -> Start:
-    def start(options: dict[str, Any] | None) -> Trained:
-        model = sharding.shard(Llama().to(device), device)
-        options = None if options is None else {**options, **sharding.options()}
-        return train(model, _optimizer(model.named_parameters(), options), device, shardings.full_parameters)
+    def start(setting: Setting, fast: bool) -> Trained:
+        model = sharding.shard(llama(device), device)
+        optimizer = setting.optimizer(model.named_parameters(), fast, **sharding.options())
+        return train(model, optimizer, device, shardings.full_parameters)
 
-    return start
+    return Start(sharding.settings, start, device)
 
 
-def under_zero(stage: int, device: torch.device) -> Start:
-    def start(options: dict[str, Any] | None) -> Trained:
-        model = Llama().to(device)
-        optimizer = _optimizer(model.named_parameters(), options)
-        engine = zero.engine(model, optimizer, stage, BATCH)
-        trained = train(engine, optimizer, device, zero.full_parameters)
+def under_zero(kind: zero.Zero, device: torch.device) -> Start:
+    def start(setting: Setting, fast: bool) -> Trained:
+        engine, optimizer = kind.engine(llama(device, bf16=kind.bf16), setting, BATCH, fast)
+        trained = train(engine, optimizer, device, kind.full_parameters)
         engine.destroy()
         return trained
 
-    return start
+    return Start(kind.settings, start, torch.device("cpu") if kind.offload else device, kind.bf16)
 
 
 def starts(device: torch.device) -> dict[str, Start]:
-    """Every sharding that this world allows."""
+    """Every sharding that can be tried here. Collective."""
     world = dist.get_world_size()
-    possible = {s.name: under(s, device) for s in shardings.SHARDINGS if s.possible(world)}
-    stages = {f"ZeRO-{stage}": under_zero(stage, device) for stage in zero.STAGES} if zero.installed() else {}
-    return {**possible, **stages}
+    found = {s.name: under(s, device) for s in shardings.SHARDINGS if s.possible(world)}
+    if _on_any_rank(zero.problem()) is None:
+        found |= {kind.name: under_zero(kind, device) for kind in zero.KINDS}
+    return found
 
 
-def left_out() -> list[str]:
-    """What ``starts`` has not, and why."""
+def left_out(device: torch.device) -> list[str]:
+    """What ``starts`` has not and what ``rows`` will not use, and why. Collective."""
     world = dist.get_world_size()
     missing = [f"{s.name} (not on {world} ranks)" for s in shardings.SHARDINGS if not s.possible(world)]
-    return missing if zero.installed() else [*missing, "ZeRO (DeepSpeed is not installed)"]
+    problem = _on_any_rank(zero.problem())
+    if problem is not None:
+        missing.append(f"ZeRO ({problem})")
+    for steps_on in dict.fromkeys(start.steps_on for start in starts(device).values()):
+        problem = no_fast_kernels(steps_on)
+        missing += [f"the fast kernels on {steps_on.type} ({problem})"] if problem else []
+    return missing
 
 
-def rows(device: torch.device, chosen: dict[str, Start]) -> Iterator[Row]:
-    """One row for every sharding and setting, the same on every rank. Collective."""
-    cases: dict[str, dict[str, Any] | None] = {**SETTINGS, "AdamW": None}
-    expected = {name: alone(device)(options) for name, options in cases.items()}
+def no_fast_kernels(device: torch.device) -> str | None:
+    """Why some rank has no fast kernels for a device; None where all have. Collective."""
+    problem = None
+    try:
+        kernels.choose(True, device, 0)
+    except ValueError as error:
+        problem = str(error)
+    return _on_any_rank(problem)
+
+
+def _on_any_rank(problem: str | None) -> str | None:
+    """The first rank's problem, the same on every rank. Collective."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None), None)
+
+
+@dataclass
+class Alone:
+    """What one process on one kind of kernels makes of the parameters ``start``, and AdamW's."""
+
+    start: dict[str, Tensor]
+    trained: Trained
+
+    def deviation(self, other: Trained) -> float:
+        """L2 distance over the whole model, as a share of the way that this process went."""
+        own = self.trained.params
+        apart = sum(float((other.params[name].double() - own[name].double()).square().sum()) for name in own)
+        gone = sum(float((own[name].double() - self.start[name].double()).square().sum()) for name in own)
+        return (apart / gone) ** 0.5
+
+    def differences(self, other: Trained, bar: Bar) -> list[str]:
+        """What rounding does not explain."""
+        found = []
+        for step, (ours, theirs) in enumerate(zip(other.counts, self.trained.counts, strict=True)):
+            if max(abs(ours[0] - theirs[0]), abs(ours[1] - theirs[1])) > bar.counts * sum(theirs):
+                found.append(
+                    f"step {step + 1} counted {ours[0]:.0f} and {ours[1]:.0f}, not {theirs[0]:.0f} and {theirs[1]:.0f}"
+                )
+                break
+        deviation = self.deviation(other)
+        if not deviation <= bar.deviation:
+            found.append(f"parameters deviate by {deviation:.1e}, more than {bar.deviation:.1e}")
+        return found
+
+
+def alone(device: torch.device, setting: Setting, *, bf16: bool, fast: bool) -> Alone:
+    """Train in one process: rank 0's, because ranks may share processors. Collective."""
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        model = InBfloat16(llama(device, bf16=True)) if bf16 else llama(device)
+        start = dict(shardings.full_parameters(model))
+        optimizer = setting.optimizer(model.named_parameters(), fast)
+        result = [Alone(start, train(model, optimizer, device, shardings.full_parameters))]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def rows(device: torch.device, chosen: Mapping[str, Start]) -> Iterator[Row]:
+    """One row for every sharding and setting, the same on every rank. Collective.
+
+    Where some rank has no fast kernels, all rows are on the reference, as training would be.
+    """
+    one_process = functools.cache(functools.partial(alone, device))
     for sharding, start in chosen.items():
+        fast = no_fast_kernels(start.steps_on) is None
+        tried = [setting for setting in start.settings if fast or setting is not REFERENCE]
+        trained = {}
         try:
-            trained = {name: start(options) for name, options in cases.items()}
+            for setting in (ADAMW, *tried):
+                trained[setting] = start.train(setting, fast)
         except Exception as error:
-            row = Row(sharding, "all", problems=[f"{type(error).__name__}: {error}"])
             traceback.print_exc()
-            yield _same_everywhere(row)
+            yield _same_everywhere(Row(sharding, setting.name, problems=[f"{type(error).__name__}: {error}"]))
             continue
-        adamw = trained["AdamW"]
-        for name in SETTINGS:
-            row = _compare(Row(sharding, name), trained[name], expected[name])
-            row.adamw_deviation = deviation(adamw.params, expected["AdamW"].params)
-            row.adamw_seconds = adamw.seconds
-            _judge(row, trained[name].collectives - adamw.collectives)
+        adamw = trained.pop(ADAMW)
+        adamw_deviation = one_process(ADAMW, bf16=start.bf16, fast=False).deviation(adamw)
+        bar = BARS[start.bf16].beyond(adamw_deviation)
+        for setting, ours in trained.items():
+            theirs = one_process(setting, bf16=start.bf16, fast=fast)
+            row = Row(sharding, setting.name, theirs.deviation(ours), adamw_deviation)
+            row.seconds, row.adamw_seconds = ours.seconds, adamw.seconds
+            row.problems = _disagreements(ours) + theirs.differences(ours, bar)
+            reference = one_process(setting, bf16=start.bf16, fast=False)
+            unlike = reference.differences(theirs.trained, BARS[start.bf16])
+            row.problems += [f"one process on the fast kernels against the reference: {problem}" for problem in unlike]
+            _judge_collectives(row, ours.collectives - adamw.collectives, setting.collectives)
             yield _same_everywhere(row)
 
 
-def _compare(row: Row, trained: Trained, expected: Trained) -> Row:
+def _disagreements(trained: Trained) -> list[str]:
+    """Which ranks reported something else than rank 0. Collective."""
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (trained.alphas, trained.counts))
+    found = []
     for what, index in (("alpha", 0), ("counts", 1)):
         wrong = [rank for rank, report in enumerate(reports) if report[index] != reports[0][index]]
         if wrong:
-            row.problems.append(f"{what} on rank {wrong[0]} not those of rank 0")
-    for step, (ours, theirs) in enumerate(zip(trained.counts, expected.counts, strict=True)):
-        if max(abs(ours[0] - theirs[0]), abs(ours[1] - theirs[1])) > COUNTS_BAR * sum(theirs):
-            row.problems.append(f"step {step + 1} counted {ours[0]:.0f} and {ours[1]:.0f}, one process "
-                                f"{theirs[0]:.0f} and {theirs[1]:.0f}")  # fmt: skip
-            break
-    row.deviation, row.seconds = deviation(trained.params, expected.params), trained.seconds
-    return row
+            found.append(f"{what} on rank {wrong[0]} not those of rank 0")
+    return found
 
 
-def _judge(row: Row, extra: Counter[tuple[str, int]]) -> None:
-    bar = DEVIATION_BAR + 10 * row.adamw_deviation
-    if not row.deviation <= bar:
-        row.problems.append(f"parameters deviate by {row.deviation:.1e}, more than {bar:.1e}")
-    row.collectives = extra.total() / (STEPS - 1)
-    row.bytes = sum(size * count for (_, size), count in extra.items()) / (STEPS - 1)
-    if row.collectives > 1:
-        row.problems.append(f"{row.collectives:g} collectives a step more than AdamW's")
+def _judge_collectives(row: Row, extra: Counter[tuple[str, int]], allowed: int) -> None:
+    row.collectives = extra.total()
+    row.bytes = sum(size * count for (_, size), count in extra.items())
+    if row.collectives > allowed:
+        row.problems.append(f"{row.collectives} collectives a step more than AdamW's")
 
 
 def _same_everywhere(row: Row) -> Row:

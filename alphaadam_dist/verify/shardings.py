@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +24,23 @@ from torch.distributed.tensor.parallel import (
 
 from ..shards import clean_names
 from .model import HEADS, Block, Llama
+from .settings import CLIPPED, DELAYED, EXACT, LAYER, LION, REFERENCE, SGD, THRESHOLD, Setting
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """One way to shard: for which world sizes, and how. ``needs_group``: AlphaAdam is told the process group."""
+    """One way to shard: for which world sizes, and how.
+
+    Attributes:
+        needs_group: AlphaAdam is told the process group.
+        settings: what is tried of the optimizer.
+    """
 
     name: str
     possible: Callable[[int], bool]
     shard: Callable[[Llama, torch.device], nn.Module]
     needs_group: bool = False
+    settings: Sequence[Setting] = (EXACT, DELAYED, LAYER, CLIPPED)
 
     def options(self) -> dict[str, Any]:
         return {"process_group": dist.group.WORLD} if self.needs_group else {}
@@ -115,7 +122,12 @@ SHARDINGS = (
     Sharding("DDP", lambda world: True, lambda model, device: nn.parallel.DistributedDataParallel(model)),
     Sharding("FSDP1", lambda world: world > 1, lambda model, device: fsdp1(model, device, original=True), True),
     Sharding("FSDP1 flat", lambda world: world > 1, lambda model, device: fsdp1(model, device, original=False), True),
-    Sharding("FSDP2", lambda world: True, lambda model, device: fsdp2(model, _whole(device))),
+    Sharding(
+        "FSDP2",
+        lambda world: True,
+        lambda model, device: fsdp2(model, _whole(device)),
+        settings=(EXACT, DELAYED, LAYER, CLIPPED, THRESHOLD, REFERENCE, LION, SGD),
+    ),
     Sharding(
         "HSDP, 2 replicas",
         lambda world: world >= 4 and world % 2 == 0,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alphaadam_dist import counts, optimizer
-from alphaadam_dist.verify import launch, run
+from alphaadam_dist import counts, kernels, optimizer, rule
+from alphaadam_dist.kernels import cpu
+from alphaadam_dist.verify import launch, run, zero
+from alphaadam_dist.verify.settings import Setting
+from alphaadam_dist.zero import internals
 
+from .. import threads
 from ..ranks import Ranks
 
 CPU = torch.device("cpu")
 ALPHAADAM = str(Path(sys.executable).parent / "alphaadam")
+
+
+TRIED = {
+    ("DDP", "FSDP1", "FSDP1 flat", "FSDP2", "TP"): ("exact", "delayed", "layer", "clip"),
+    ("FSDP2",): ("threshold", "reference", "AlphaLion", "AlphaSGD"),
+    ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"): ("exact", "delayed", "layer"),
+    ("ZeRO-2 bf16", "ZeRO-3 bf16"): ("exact", "threshold"),
+    ("ZeRO-2 offload", "ZeRO-3 offload"): ("delayed", "threshold"),
+}
 
 
 def torchrun(ranks: int) -> subprocess.CompletedProcess[str]:
@@ -33,13 +49,13 @@ def torchrun(ranks: int) -> subprocess.CompletedProcess[str]:
 def test_under_torchrun() -> None:
     done = torchrun(2)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("DDP", "FSDP1", "FSDP1 flat", "FSDP2", "TP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
-        for setting in ("exact", "delayed", "layer"):
+    for names, settings in TRIED.items():
+        for name, setting in itertools.product(names, settings):
             lines = [line for line in done.stdout.splitlines() if re.match(rf"{name}  +{setting} ", line)]
             assert len(lines) == 1, (name, setting, done.stdout)
             assert lines[0].split()[-1] == "same"
     assert "FAILED" not in done.stdout
-    assert "Not tried: HSDP, 2 replicas (not on 2 ranks), TP 2 x FSDP2 (not on 2 ranks)" in done.stdout
+    assert "Not tried here: HSDP, 2 replicas (not on 2 ranks), TP 2 x FSDP2 (not on 2 ranks)" in done.stdout
 
 
 @pytest.mark.slow
@@ -81,29 +97,40 @@ def a_collective_more(patch: pytest.MonkeyPatch) -> None:
 
 
 def too_large_a_step(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(counts.Statistics, "strengths", lambda self, slots: torch.full((len(slots), 2), 1.01).double())
+    strengths = counts.Statistics.strengths
+    patch.setattr(counts.Statistics, "strengths", lambda self, slots: 1.02 * strengths(self, slots))
 
 
-def rows(names: tuple[str, ...], fault: str = "") -> list[run.Row]:
-    chosen = {name: start for name, start in run.starts(CPU).items() if name in names}
-    assert len(chosen) == len(names)
+def rows(names: tuple[str, ...], settings: tuple[str, ...], fault: str = "") -> list[run.Row]:
+    """The rows of some shardings and settings, with a fault in the shardings but not in the one process."""
+    found = run.starts(CPU)
+    chosen = {}
+    for name in names:
+        wanted = [setting for setting in found[name].settings if setting.name in settings]
+        chosen[name] = replace(found[name], settings=wanted, train=partial(_broken, fault, found[name].train))
+    return list(run.rows(CPU, chosen))
+
+
+def _broken(fault: str, train: Any, setting: Setting, fast: bool) -> run.Trained:
     with pytest.MonkeyPatch.context() as patch:
-        if fault == "too_large_a_step":  # one process must stay right
-            under = {name: _patched(patch, fault, start) for name, start in chosen.items()}
-            return list(run.rows(CPU, under))
         if fault:
             globals()[fault](patch)
-        return list(run.rows(CPU, chosen))
+        return train(setting, fast)
 
 
-def _patched(patch: pytest.MonkeyPatch, fault: str, start: run.Start) -> run.Start:
-    def broken(options: Any) -> run.Trained:
-        globals()[fault](patch)
-        trained = start(options)
-        patch.undo()
-        return trained
+def small_rows(*args: Any) -> list[run.Row]:
+    """``rows`` of a small model, for ranks that are processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        return rows(*args)
 
-    return broken
+
+def small(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(run, "WIDTH", run.SMALL_WIDTH)
+
+
+def failed(found: list[run.Row]) -> dict[tuple[str, str], str]:
+    return {(row.sharding, row.setting): "; ".join(row.problems) for row in found if row.problems}
 
 
 @pytest.mark.slow
@@ -112,24 +139,190 @@ def _patched(patch: pytest.MonkeyPatch, fault: str, start: run.Start) -> run.Sta
     [
         ("no_all_reduce", "alpha on rank 1 not those of rank 0"),
         ("everything_counts_twice", "step 1 counted"),
-        ("a_collective_more", "2 collectives a step"),
+        ("a_collective_more", "2 collectives a step more than AdamW's"),
         ("too_large_a_step", "parameters deviate"),
     ],
 )
 def test_what_is_broken_fails(ranks2: Ranks, fault: str, problem: str) -> None:
-    answers = ranks2.run(rows, ("FSDP2", "ZeRO-2"), fault)
+    answers = ranks2.run(small_rows, ("FSDP2", "ZeRO-2"), ("exact", "delayed"), fault)
     assert answers[0] == answers[1], "all ranks exit alike"
+    assert len(answers[0]) == 4
     for row in answers[0]:
         assert any(problem in text for text in row.problems), row
 
 
 @pytest.mark.slow
 def test_four_ranks(ranks4: Ranks) -> None:
-    for row in ranks4.run(rows, ("HSDP, 2 replicas", "TP 2 x FSDP2"))[0]:
+    settings = ("exact", "delayed", "layer", "clip")
+    found = ranks4.run(small_rows, ("HSDP, 2 replicas", "TP 2 x FSDP2"), settings)[0]
+    assert len(found) == 8
+    for row in found:
         assert row.problems == []
         assert row.collectives == 1
         assert row.bytes == (16 * 21 if row.setting == "layer" else 32)
-        assert row.deviation < 5e-6
+        assert row.deviation < 1e-3
+
+
+# ---- kernels
+
+
+def update_goes_too_far(patch: pytest.MonkeyPatch, of: Any = None) -> None:
+    def update(direction: Any, *args: Any, hyperparameters: Any, **rest: Any) -> Any:
+        longer = 1.02 if of in (None, direction) else 1.0
+        return kept(direction, *args, hyperparameters={**hyperparameters, "lr": longer * hyperparameters["lr"]}, **rest)
+
+    kept = cpu.update
+    patch.setattr(cpu, "update", update)
+
+
+def lion_goes_too_far(patch: pytest.MonkeyPatch) -> None:
+    update_goes_too_far(patch, rule.lion_)
+
+
+def sgd_goes_too_far(patch: pytest.MonkeyPatch) -> None:
+    update_goes_too_far(patch, rule.sgd_)
+
+
+def count_overlooks_a_tensor(patch: pytest.MonkeyPatch) -> None:
+    def count(*args: Any, **rest: Any) -> Any:
+        counts, norms = kept(*args, **rest)
+        counts[1] = 0
+        return counts, norms
+
+    kept = cpu.count
+    patch.setattr(cpu, "count", count)
+
+
+def update_overlooks_a_tensor(patch: pytest.MonkeyPatch) -> None:
+    def update(*args: Any, **rest: Any) -> Any:
+        counts = kept(*args, **rest)
+        if counts is not None:
+            counts[1] = 0
+        return counts
+
+    kept = cpu.update
+    patch.setattr(cpu, "update", update)
+
+
+def count_mixes_tensors_up(patch: pytest.MonkeyPatch) -> None:
+    def count(*args: Any, **rest: Any) -> Any:
+        counts, norms = kept(*args, **rest)
+        return counts.flip(0), norms
+
+    kept = cpu.count
+    patch.setattr(cpu, "count", count)
+
+
+def norms_are_too_large(patch: pytest.MonkeyPatch) -> None:
+    def count(*args: Any, **rest: Any) -> Any:
+        counts, norms = kept(*args, **rest)
+        return counts, None if norms is None else 2 * norms
+
+    kept = cpu.count
+    patch.setattr(cpu, "count", count)
+
+
+def count_knows_no_threshold(patch: pytest.MonkeyPatch) -> None:
+    kept = cpu.count
+    patch.setattr(cpu, "count", lambda *args, threshold, **rest: kept(*args, threshold=0.0, **rest))
+
+
+def update_knows_no_threshold(patch: pytest.MonkeyPatch) -> None:
+    kept = cpu.update
+    patch.setattr(cpu, "update", lambda *args, threshold, **rest: kept(*args, threshold=0.0, **rest))
+
+
+def clipping_is_overlooked(patch: pytest.MonkeyPatch) -> None:
+    """The threshold sees gradients that DeepSpeed has still to clip."""
+    patch.setattr(internals, "unscale_factor", lambda wrapper, norm: 1.0)
+
+
+def slow(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen_by", "not_by", "problem"),
+    [
+        ("update_goes_too_far", "exact", "reference", "parameters deviate"),
+        slow("lion_goes_too_far", "AlphaLion", "exact", "parameters deviate"),
+        slow("sgd_goes_too_far", "AlphaSGD", "exact", "parameters deviate"),
+        ("count_overlooks_a_tensor", "exact", "delayed", "step 1 counted"),
+        slow("update_overlooks_a_tensor", "delayed", "exact", "step 1 counted"),
+        slow("count_mixes_tensors_up", "layer", "exact", "parameters deviate"),
+        slow("norms_are_too_large", "clip", "threshold", "parameters deviate"),
+        slow("count_knows_no_threshold", "threshold", "exact", "step 2 counted"),
+        slow("update_knows_no_threshold", "threshold", "exact", "parameters deviate"),
+    ],
+)
+def test_a_broken_kernel_fails(
+    monkeypatch: pytest.MonkeyPatch, fault: str, seen_by: str, not_by: str, problem: str
+) -> None:
+    small(monkeypatch)
+    globals()[fault](monkeypatch)
+    found = failed(threads.run(1, rows, ("FSDP2",), (seen_by, not_by))[0])
+    assert [setting for _, setting in found] == [seen_by]
+    assert found["FSDP2", seen_by].startswith("one process on the fast kernels against the reference: ")
+    assert problem in found["FSDP2", seen_by]
+
+
+@pytest.mark.slow
+def test_all_rows_but_one_are_on_fast_kernels(ranks2: Ranks) -> None:
+    tried = ranks2.run(_tried)[0]
+    settings = tuple({setting for each in tried.values() for setting in each})
+    found = ranks2.run(small_rows, tuple(tried), settings, "update_goes_too_far")[0]
+    assert {name: [row.setting for row in found if row.sharding == name] for name in tried} == tried
+    in_fp32 = [row for row in found if row.sharding.split()[-1] not in ("bf16", "offload")]
+    assert [(row.sharding, row.setting) for row in in_fp32 if not row.problems] == [("FSDP2", "reference")]
+
+
+def _tried() -> dict[str, list[str]]:
+    return {name: [setting.name for setting in start.settings] for name, start in run.starts(CPU).items()}
+
+
+@pytest.mark.slow
+def test_a_clipping_that_is_overlooked_under_zero_fails(ranks2: Ranks) -> None:
+    names = ("ZeRO-2 bf16", "ZeRO-3 bf16", "ZeRO-2 offload", "ZeRO-3 offload")
+    found = failed(ranks2.run(small_rows, names, ("exact", "delayed", "threshold"), "clipping_is_overlooked")[0])
+    assert set(found) == {(name, "threshold") for name in names}
+
+
+@pytest.mark.slow
+def test_a_kernel_broken_under_offload_fails(ranks2: Ranks) -> None:
+    names = ("ZeRO-2 offload", "ZeRO-3 offload")
+    assert not failed(ranks2.run(small_rows, names, ("delayed", "threshold"))[0])
+    found = failed(ranks2.run(small_rows, names, ("delayed", "threshold"), "update_overlooks_a_tensor")[0])
+    assert set(found) == {(name, "delayed") for name in names}
+
+
+def test_the_model_is_one_for_fast_kernels() -> None:
+    assert sum(param.numel() for param in run.llama(CPU).parameters()) >= kernels.SMALL
+
+
+def test_without_fast_kernels_all_rows_are_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(fused: bool | None, device: torch.device, elements: int) -> Any:
+        if fused:
+            raise ValueError("fused=True, but there is no C++ compiler 'c++'")
+        return kernels.reference
+
+    small(monkeypatch)
+    monkeypatch.setattr(kernels, "choose", no_compiler)
+    found = threads.run(2, rows, ("FSDP2",), ("exact", "layer", "reference"))[0]
+    assert [row.setting for row in found] == ["exact", "layer"], "another 'reference' would be 'exact' again"
+    assert not failed(found)
+    assert found[0].deviation == 0
+    reason = "the fast kernels on cpu (rank 0: fused=True, but there is no C++ compiler 'c++')"
+    assert reason in threads.run(2, run.left_out, CPU)[0]
+
+
+def test_a_deepspeed_that_cannot_be_imported_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(zero, "_deepspeed", broken)
+    assert set(threads.run(1, run.starts, CPU)[0]) == {"DDP", "FSDP2"}
+    reason = "ZeRO (rank 0: DeepSpeed cannot be imported: ImportError: undefined symbol)"
+    assert reason in threads.run(1, run.left_out, CPU)[0]
 
 
 # ---- launchers
