@@ -1,20 +1,23 @@
 """The `alphaadam` command. What a subcommand needs is imported when it runs, so that `--help` answers at once."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from alphaadam_dist.training import presets
-from alphaadam_dist.training.launch import SIGTERM_CODE, Stopped
-from alphaadam_dist.training.recipe import print_error
+from alphaadam_dist.training import presets, reasons
+from alphaadam_dist.training.launch import SIGTERM_CODE, LaunchError, Stopped
 from alphaadam_dist.training.runs import open_run
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-_CPU_RANKS = 2
+_CPU_RANKS, _CPU_RANKS_A_CORE = 2, 4
+_MOST = 10**6
 _ZERO = 2
 _WHAT, _HOW = "What to train", "How to run it"
 
@@ -125,7 +128,7 @@ def train(
       alphaadam train --model gpt2 --data notes/ --zero 3 --steps 1000 --no-compare
     """
     console = Console()
-    try:
+    with _in_one_line("training needs pip install 'alphaadam-dist[deepspeed,hf]'"):
         settings = Settings(
             model=model,
             data=data,
@@ -139,23 +142,24 @@ def train(
             block=presets.default_block(model) if block is None else block,
             seed=seed,
         )
-        with open_run(out, resume, settings) as run:
-            if resume and not any(run.glob("*/checkpoint-*")):
-                console.print(f"No checkpoint in {run} yet: starting from the first step.", highlight=False)
-            # Imported once the settings are known to be good: transformers takes seconds.
-            from alphaadam_dist.training.main_job import run_main_job
+        try:
+            with open_run(out, resume, settings) as run:
+                if resume and not any(run.glob("*/checkpoint-*")):
+                    console.print(f"No checkpoint in {run} yet: starting from the first step.", highlight=False)
+                # Imported once the settings are known to be good: transformers takes seconds.
+                from alphaadam_dist.training.main_job import run_main_job
 
-            run_main_job(console, run, settings, list(OPTIMIZERS) if compare else ["alphaadam"])
-    except KeyboardInterrupt:
-        console.print("\nInterrupted. The same command with --resume goes on from the last checkpoint.")
-        raise typer.Exit(130) from None
-    except Stopped as stopped:
-        console.print(f"\n{stopped}")
-        raise typer.Exit(SIGTERM_CODE) from None
-    except ImportError as error:
-        raise _failure(f"{error}; training needs pip install 'alphaadam-dist[deepspeed,hf]'") from None
-    except (ValueError, RuntimeError) as error:
-        raise _failure(str(error)) from None
+                run_main_job(console, run, settings, list(OPTIMIZERS) if compare else ["alphaadam"])
+        except KeyboardInterrupt:
+            console.print("\nInterrupted. The same command with --resume goes on from the last checkpoint.")
+            raise typer.Exit(130) from None
+        except Stopped as stopped:
+            console.print(f"\n{stopped}")
+            raise typer.Exit(SIGTERM_CODE) from None
+        except LaunchError as error:
+            if error.tail:
+                Console(stderr=True).print(error.tail, markup=False, highlight=False, soft_wrap=True)
+            raise
 
 
 @app.command()
@@ -209,12 +213,13 @@ def bench(
         from benchmarks import step_time
     except ImportError as error:
         raise _failure(f"{error}: run it in a clone of the repository, after `make setup`") from None
-    if rounds < 1 or any(each < 1 for each in size or ()):
-        raise _failure(f"--rounds is {rounds}, --size is {size}: they must be 1 or more")
+    if not (1 <= rounds <= _MOST) or any(not 1 <= each <= _MOST for each in size or ()):
+        raise _failure(f"--rounds is {rounds}, --size is {size}: they must be from 1 to {_MOST:,}")
     if not out.is_dir():
         raise _failure(f"--out is {out}: there is no such folder; make it, or choose another")
-    found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    step_time.run(size or step_time.SIZES, rounds, torch.device(found), out)
+    with _in_one_line("measuring needs pip install 'alphaadam-dist[deepspeed,hf]'"):
+        found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        step_time.run(size or step_time.SIZES, rounds, torch.device(found), out)
 
 
 @app.command()
@@ -240,16 +245,12 @@ def convert(
 
     console = Console()
     columns = (TextColumn("converting"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
-    try:
+    with _in_one_line("reading the checkpoint needs pip install 'alphaadam-dist[deepspeed]'"):
         from alphaadam_dist.convert import convert as run
 
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None)
             run(universal, dcp, lambda done, total: bar.update(task, completed=done, total=total))
-    except ImportError as error:
-        raise _failure(f"{error}; reading the checkpoint needs pip install 'alphaadam-dist[deepspeed]'") from None
-    except (ValueError, OSError) as error:
-        raise _failure(str(error)) from None
     console.print(
         f"{dcp} is written: load it with torch.distributed.checkpoint.load (docs/checkpoints.md shows how).",
         highlight=False, soft_wrap=True,
@@ -289,7 +290,7 @@ def plan(
       alphaadam plan ./my-model --gpus 4 --memory 24 --headroom 0.3
     """
     console = Console()
-    try:
+    with _in_one_line("planning needs pip install 'alphaadam-dist[hf]'"):
         from alphaadam_dist import plan as planning
 
         cluster = planning.Cluster(gpus, per_node, memory, headroom)
@@ -297,14 +298,23 @@ def plan(
             sizes = planning.shapes(model)
         if not planning.show(console, sizes, cluster):
             raise typer.Exit(1)
+
+
+@contextmanager
+def _in_one_line(needs: str) -> Iterator[None]:
+    """End with exit code 1 and one line on an error that a person can do something about."""
+    try:
+        yield
+    except typer.Exit:
+        raise
     except ImportError as error:
-        raise _failure(f"{error}; planning needs pip install 'alphaadam-dist[hf]'") from None
-    except ValueError as error:
-        raise _failure(str(error)) from None
+        raise _failure(f"{error}; {needs}") from None
+    except (ValueError, OSError, RuntimeError) as error:
+        raise _failure(reasons.of(error).text) from None
 
 
 def _failure(message: str) -> typer.Exit:
-    print_error(message)
+    reasons.print_error(message)
     return typer.Exit(1)
 
 
@@ -316,4 +326,10 @@ def _ranks(gpus: int | None) -> int:
         return found or _CPU_RANKS
     if found and gpus > found:
         raise ValueError(f"--gpus is {gpus}, but this machine has {found}: give --gpus {found} or leave it out")
+    cores = os.cpu_count() or 1
+    if not found and gpus > max(8, _CPU_RANKS_A_CORE * cores):
+        raise ValueError(
+            f"--gpus is {gpus}, but this machine has no GPU, and {cores} cores do not take so many ranks: give --gpus "
+            f"{max(_CPU_RANKS, cores)} or leave it out"
+        )
     return gpus

@@ -6,6 +6,7 @@ The result has the keys of ``get_state_dict(model, optimizer)``: ``model.NAME``,
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from .files import what_stops_writing
 from .shards import clean_name
 from .zero import universal
 
@@ -25,7 +27,7 @@ def convert(source: Path, target: Path, progress: Callable[[int, int], None] = l
     """Write a DeepSpeed universal checkpoint as a DCP checkpoint, in one process.
 
     Tensors are read, checked and written one by one, so it needs the memory of the largest of them. The target appears
-    when it is whole.
+    when it is whole; until then it is a folder beside it, with ``.partial`` in its name.
 
     Args:
         source: the folder that DeepSpeed's ds_to_universal wrote.
@@ -34,21 +36,35 @@ def convert(source: Path, target: Path, progress: Callable[[int, int], None] = l
 
     Raises:
         ValueError: the source is no universal checkpoint, is half-written or damaged, or the target exists.
+        OSError: the target cannot be written.
     """
-    if target.exists():
-        raise ValueError(f"{target} exists: give a folder that does not")
-    held = universal.read(source)
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    planner = _FromFiles(held, progress)
+    for path in (target, partial):
+        if os.path.lexists(path):
+            raise ValueError(f"{path} exists: remove it if it is not needed, or give another folder to write to")
+    held = universal.read(source)
+    partial.mkdir(parents=True)
+    try:
+        _save(_FromFiles(held, progress), partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # all of it was written here
+        raise
+
+
+def _save(planner: _FromFiles, folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(planner.layout(), checkpoint_id=partial, planner=planner, no_dist=True)
+            dcp.save(planner.layout(), checkpoint_id=folder, planner=planner, no_dist=True)
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause, ValueError):
+            raise cause from None
+        refused = what_stops_writing(folder)  # torch does not say what the system did
+        if refused is not None:
+            raise refused from None
         raise cause from None
-    partial.rename(target)
 
 
 class _FromFiles(dcp.DefaultSavePlanner):

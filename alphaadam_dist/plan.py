@@ -12,9 +12,9 @@ bf16 value a parameter at stage 3, and in CPU memory under offload.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .configs import config_path
+from .files import read_object
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -43,6 +44,9 @@ BUILT_IN: dict[str, tuple[str, dict[str, int]]] = {
     ),
 }  # fmt: skip
 """Classes of transformers, and the sizes in their configs."""
+
+MOST_GPUS, MOST_MEMORY = 10**6, 10**6
+"""More than anybody has."""
 
 GLOBAL_BYTES, LAYER_BYTES = 32, 16
 """What AlphaAdam all-reduces a step: in all with scope="global", for each parameter tensor with scope="layer"."""
@@ -102,12 +106,14 @@ class Cluster:
         for name, value in (("gpus", self.gpus), ("per-node", self.per_node)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}: it must be 1 or more")
+            if value > MOST_GPUS:
+                raise ValueError(f"--{name} is {value}: it must be {MOST_GPUS:,} or less")
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(
                 f"--gpus is {self.gpus}, which does not fill nodes of {self.per_node}: give a multiple of "
                 f"{self.per_node}, or --per-node"
             )
-        if not self.memory > 0:
+        if not 0 < self.memory <= MOST_MEMORY:
             raise ValueError(f"--memory is {self.memory:g}: give the GiB of one GPU, such as 80")
         if not 0 <= self.headroom < 1:
             raise ValueError(
@@ -143,19 +149,25 @@ def shapes(model: str) -> Shapes:
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a config.json of another shape fails in many ways
             near = difflib.get_close_matches(model, BUILT_IN, n=1)
             hint = f"did you mean {near[0]}? Otherwise give" if near else "give"
             raise ValueError(
                 f"MODEL is {model}: {hint} {', '.join(BUILT_IN)}, a folder with a config.json, or a Hugging Face id. "
-                f"What went wrong: {str(error).splitlines()[0]}"
+                f"What went wrong: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from None
-        kind = (config.architectures or [""])[0]
-    with torch.device("meta"):
-        if hasattr(transformers, kind):
-            built = getattr(transformers, kind)._from_config(config)
-        else:
-            built = transformers.AutoModelForCausalLM.from_config(config)
+        kind = str((config.architectures or [""])[0])
+    try:
+        with torch.device("meta"):
+            if hasattr(transformers, kind):
+                built = getattr(transformers, kind)._from_config(config)
+            else:
+                built = transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a class of transformers raises for sizes that do not fit together
+        raise ValueError(
+            f"MODEL is {model}: transformers cannot build a model from its config ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}); correct {Path(model) / 'config.json'}"
+        ) from None
     numels = [param.numel() for param in built.parameters()]
     # What Accelerate shards as units of their own.
     units = [module for module in built.modules() if type(module).__name__ in (built._no_split_modules or ())]
@@ -293,10 +305,14 @@ def _commands(row: Row, model: Shapes, cluster: Cluster) -> list[tuple[str, str]
 def _shards_by(name: str) -> Any:
     """ZeRO stage and offload device of a config that comes with the library; None where there is no such config."""
     try:
-        zero = json.loads(config_path(name).read_text())["zero_optimization"]
+        path = config_path(name)
     except FileNotFoundError:
         return None
-    return zero["stage"], zero.get("offload_optimizer", {}).get("device")
+    zero = read_object(path, "restore it as it came with the library").get("zero_optimization")
+    if not isinstance(zero, dict) or "stage" not in zero:
+        raise ValueError(f"{path} has zero_optimization={zero!r}: restore it as it came with the library")
+    offload = zero.get("offload_optimizer")
+    return zero["stage"], offload.get("device") if isinstance(offload, dict) else None
 
 
 def _shown(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from alphaadam_dist.training import recipe
 from alphaadam_dist.training.recipe import WHAT, Recipe, Training, option
-from alphaadam_dist.training.settings import check_path
+from alphaadam_dist.training.settings import LARGE, check_counts, check_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class FinetuneGlue(Recipe):
         check_path("model", self.model)
         if self.length < 4:
             raise ValueError(f"--length is {self.length}: two texts and their marks take 4 tokens or more")
+        check_counts(self, {"length": 4}, LARGE)
 
 
 def main(settings: FinetuneGlue, training: Training) -> None:
@@ -52,16 +53,17 @@ def main(settings: FinetuneGlue, training: Training) -> None:
       python launch/finetune_glue.py --task sst2 --data reviews.tsv --held-out more-reviews.tsv --optimizer adamw
     """
     # Imported once the options are known to be good: transformers takes seconds.
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
     from alphaadam_dist.training.glue import TASKS, load_task
+    from alphaadam_dist.training.models import naming_model, pretrained_tokenizer
     from alphaadam_dist.training.trainer import weights_dtype
 
     task = TASKS[settings.task]
     if not training.finished:
         arguments = training.arguments(lr_scheduler_type="linear", adam_beta2=0.98, adam_epsilon=1e-6)
         with arguments.main_process_first(desc="preparing the data"):
-            tokenizer = AutoTokenizer.from_pretrained(settings.model)
+            tokenizer = pretrained_tokenizer(settings.model)
 
             def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
                 texts = [batch[column] for column in task.columns]
@@ -73,9 +75,10 @@ def main(settings: FinetuneGlue, training: Training) -> None:
             )
         training.schedule(arguments, len(rows), warmup=0.06, evaluations=10)
         set_seed(settings.seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            settings.model, num_labels=len(task.labels) or 1, dtype=weights_dtype(arguments)
-        )
+        with naming_model(settings.model):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                settings.model, num_labels=len(task.labels) or 1, dtype=weights_dtype(arguments)
+            )
         collate = DataCollatorWithPadding(tokenizer)
         measures: dict[str, Any] = {"compute_loss": task.loss, "compute_metrics": task.compute}
         training.train(arguments, model, rows, held_out, tokenizer, collate, **measures)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from alphaadam_dist.training import recipe
 from alphaadam_dist.training.recipe import WHAT, Recipe, Training, option
-from alphaadam_dist.training.settings import check_path
+from alphaadam_dist.training.settings import LARGE, check_counts, check_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,7 @@ class FinetuneLlama(Recipe):
             check_path("held-out", self.held_out)
         if self.block < 2:
             raise ValueError(f"--block is {self.block}: predicting a next token takes 2 tokens or more")
-        if self.lora is not None and self.lora < 1:
-            raise ValueError(f"--lora is {self.lora}: the rank of the adapters must be 1 or more")
+        check_counts(self, {"block": 2, "lora": 1}, LARGE)
 
 
 def main(settings: FinetuneLlama, training: Training) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from alphaadam_dist.training import recipe
 from alphaadam_dist.training.recipe import WHAT, Recipe, Training, option
-from alphaadam_dist.training.settings import check_path
+from alphaadam_dist.training.settings import LARGE, check_counts, check_path
 
 MODEL = "The model"
 
@@ -40,15 +40,16 @@ class PretrainGpt2(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_path("data", self.data)
-        for name in ("layers", "hidden", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.tokenizer is not None:
+            check_path("tokenizer", self.tokenizer)
+        check_counts(self, {"layers": 1, "hidden": 1, "heads": 1}, LARGE)
         if self.hidden % self.heads:
             raise ValueError(f"--hidden is {self.hidden} with --heads {self.heads}: the heads must divide it")
         if self.block < 2:
             raise ValueError(f"--block is {self.block}: predicting a next token takes 2 tokens or more")
         if self.vocabulary < 257:
             raise ValueError(f"--vocabulary is {self.vocabulary}: 256 bytes and the end of a text take 257 or more")
+        check_counts(self, {"block": 2, "vocabulary": 257}, LARGE)
 
 
 def main(settings: PretrainGpt2, training: Training) -> None:

@@ -10,7 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alphaadam_dist.files import read_object, write_whole
+
 FILE_NAME = "answers.json"
+_REMOVE = "restore it, or start afresh with another --out"
 _QUESTIONS = 3
 _NEW_TOKENS = 80
 
@@ -44,9 +47,9 @@ class Answers(TrainerCallback):
     def _answer(self, when: str, model: Any, state: TrainerState) -> None:
         answers = [_generate(model, prompt, self.tokenizer) for prompt in self.prompts]
         if state.is_world_process_zero:
-            written = json.loads(self.path.read_text()) if self.path.exists() else {}
+            written = read_object(self.path, _REMOVE) if self.path.exists() else {}
             questions = [prompt[-1]["content"] for prompt in self.prompts]
-            self.path.write_text(json.dumps({**written, "questions": questions, when: answers}, indent=2) + "\n")
+            write_whole(self.path, json.dumps({**written, "questions": questions, when: answers}, indent=2) + "\n")
 
 
 def _generate(model: Any, prompt: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -63,10 +66,14 @@ def _generate(model: Any, prompt: list[dict[str, str]], tokenizer: PreTrainedTok
 
 
 def print_answers(console: Console, folder: Path) -> None:
-    """Show the questions with both answers, where there are any."""
-    told = json.loads((folder / FILE_NAME).read_text())
-    for question, before, after in zip(told["questions"], told["before"], told["after"], strict=True):
-        console.print(f"[bold]{escape(question)}[/bold]", highlight=False)
-        console.print(f"[dim]before[/dim]  {escape(before)}", highlight=False)
-        console.print(f"[dim]after [/dim]  {escape(after)}", highlight=False)
+    """Show the questions with both answers, where there are any. Raises ValueError where the file is damaged."""
+    path = folder / FILE_NAME
+    told = read_object(path, _REMOVE)
+    columns = [told.get(name) for name in ("questions", "before", "after")]
+    if not all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns):
+        raise ValueError(f"{path} lacks questions, or answers before or after: {_REMOVE}")
+    for question, before, after in zip(*columns, strict=True):
+        console.print(f"[bold]{escape(str(question))}[/bold]", highlight=False)
+        console.print(f"[dim]before[/dim]  {escape(str(before))}", highlight=False)
+        console.print(f"[dim]after [/dim]  {escape(str(after))}", highlight=False)
         console.print()

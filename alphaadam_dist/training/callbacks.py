@@ -84,14 +84,31 @@ class ShowProgress(TrainerCallback):
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint complete, with the checksums of its files, once every rank has written its part."""
+    """Notes that a checkpoint is begun, and marks it complete with the checksums of its files once all ranks wrote it.
+
+    It stands last, behind callbacks that ask for a save or add files to one.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Note what the Trainer is about to write."""
+        if control.should_save:
+            checkpoints.begin(_checkpoint(args, state))
+        return control
+
+    on_epoch_end = on_step_end
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Wait for the other ranks, then record every file with them."""
-        checkpoints.mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        checkpoints.mark_complete(_checkpoint(args, state))
         return control
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 class SaveAndStop(TrainerCallback):

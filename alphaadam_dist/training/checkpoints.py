@@ -3,25 +3,43 @@
 torch.load, through which DeepSpeed and DCP read, takes a file with a flipped bit without a word. So once every rank has
 written its part, size and CRC-32 of every file are recorded in the checkpoint, and compared before anything is loaded.
 Reading is shared between the ranks where there are several.
+
+Nothing here deletes. What a run began to write and did not finish is renamed, and so is what it recorded and what is
+damaged now. A checkpoint that no run here has begun or recorded belongs to somebody else, and stays as it is.
 """
 
 import json
-import os
 import re
-import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from alphaadam_dist.files import measure, sentence, what_stops_writing, write_whole
+from alphaadam_dist.training.reasons import Explained
+
 _MARKER = "complete"
-_CHUNK = 1 << 24
-_THREADS = 4
+_BEGUN = ".alphaadam-saving"
+
+_writing: set[Path] = set()
+"""What this process has begun to write and not finished."""
+
+
+class SaveFailed(Explained):
+    """A checkpoint could not be written."""
+
+
+def begin(checkpoint: Path) -> None:
+    """Note beside a checkpoint that it is about to be written, so that half of it is known as this run's own.
+
+    Called on every rank. A folder that is there already is not noted: what is in it may be somebody else's.
+    """
+    _writing.add(checkpoint.absolute())
+    if _rank() == 0 and not checkpoint.exists():
+        write_whole(checkpoint.parent / _BEGUN, checkpoint.name)
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -40,9 +58,15 @@ def mark_complete(checkpoint: Path) -> None:
                 f"{checkpoint / name} cannot be read by every rank: save on a file system that all nodes share"
             )
     if _rank() == 0:
-        partial = checkpoint / f"{_MARKER}.partial"
-        partial.write_text(json.dumps(measured, indent=1))
-        os.replace(partial, checkpoint / _MARKER)
+        write_whole(checkpoint / _MARKER, json.dumps(measured, indent=1))
+        if _begun(checkpoint.parent) == checkpoint.name:
+            (checkpoint.parent / _BEGUN).unlink()
+    _writing.discard(checkpoint.absolute())
+
+
+def is_marked(checkpoint: Path) -> bool:
+    """Whether it was once complete."""
+    return (checkpoint / _MARKER).is_file()
 
 
 def last_complete(folder: Path) -> Path | None:
@@ -59,39 +83,95 @@ def last_complete(folder: Path) -> Path | None:
     return None
 
 
-def take_up(folder: Path) -> Path | None:
-    """``last_complete``, after which newer checkpoints, that is unfinished or damaged ones, are out of the way.
+def choose(folder: Path) -> Path | None:
+    """``last_complete``, unless a run that goes on from there would come to write over somebody else's checkpoint.
 
-    They are renamed to set-aside-...: the Trainer counts every checkpoint folder among those it keeps, and would remove
-    the good one first.
+    Raises:
+        ValueError: a newer checkpoint was not written under ``CheckpointMarker``.
     """
     chosen = last_complete(folder)
+    strange = [name for name in strangers(folder) if step_of(folder / name) > step_of(chosen)]
+    if strange:
+        raise ValueError(
+            f"{folder} has {', '.join(strange)} without a file {_MARKER}: nothing tells whether they are whole, and "
+            "a run that starts before them would write over them. Record the one to go on from with checkpoints."
+            f"mark_complete(Path({str(folder / strange[0])!r})), move them elsewhere, or choose another folder"
+        )
+    return chosen
+
+
+def take_up(folder: Path) -> Path | None:
+    """``choose``, after which newer checkpoints of this run, unfinished or damaged ones, are out of the way.
+
+    They are renamed to set-aside-...: the Trainer would write into them, and counts them among those it keeps.
+
+    Raises:
+        ValueError: as ``choose``. Nothing is renamed then.
+    """
+    chosen = choose(folder)
     if _rank() == 0:
         for path in _newest_first(folder):
             if step_of(path) > step_of(chosen):
-                aside = path.with_name(f"set-aside-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                _set_aside(path)
+        (folder / _BEGUN).unlink(missing_ok=True)
     return chosen
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside, n = checkpoint.with_name(f"set-aside-{checkpoint.name}"), 1
+    while aside.exists():
+        n += 1
+        aside = checkpoint.with_name(f"set-aside-{checkpoint.name}-{n}")
+    checkpoint.rename(aside)
+    warnings.warn(f"{checkpoint} is now {aside.name}: remove it when you do not need it", stacklevel=3)
+
+
+def strangers(folder: Path) -> list[str]:
+    """The checkpoints in the folder that were neither recorded nor begun by a run under ``CheckpointMarker``."""
+    names: list[str] = _as_first_rank(lambda: [path.name for path in _newest_first(folder) if _is_strange(path)])
+    return names
+
+
+def _is_strange(checkpoint: Path) -> bool:
+    return not is_marked(checkpoint) and checkpoint.name != _begun(checkpoint.parent)
+
+
+def _begun(folder: Path) -> str | None:
+    """The name of the checkpoint that a run has begun to write and not finished."""
+    try:
+        return (folder / _BEGUN).read_text(errors="replace").strip()
+    except (FileNotFoundError, IsADirectoryError):
+        return None
 
 
 @contextmanager
 def naming_failed_saves(folder: Path) -> Iterator[None]:
-    """Turn an error while a checkpoint is written into one that names the checkpoint.
+    """Turn an error while a checkpoint is written into one that names the checkpoint and what the system refused.
 
-    What was written of it is removed: on a full disk the error itself needs the room.
+    What was written of it stays, and ``take_up`` sets it aside. Other errors pass.
     """
     try:
         yield
     except Exception as error:
-        newest = next(iter(_newest_first(folder)), None)
-        if newest is None or (newest / _MARKER).exists():
+        half = next((path for path in _writing if path.parent == folder.absolute() and path.exists()), None)
+        _writing.clear()
+        if half is None:
             raise
-        shutil.rmtree(newest, ignore_errors=True)
-        raise RuntimeError(
-            f"{newest} could not be written: {error}. Check the room and the permissions there; earlier checkpoints "
-            "are untouched, and --resume goes on from the last"
-        ) from error
+        untouched = "Earlier checkpoints are untouched: --resume goes on from the last, and sets this one aside"
+        refused = _refused(error, half)
+        if refused is None:
+            raise RuntimeError(f"{folder / half.name} could not be written: {error}. {untouched}") from error
+        raise SaveFailed(f"{folder / half.name} could not be written: {sentence(refused)}. {untouched}") from error
+
+
+def _refused(error: BaseException | None, checkpoint: Path) -> OSError | None:
+    """What the system refused, if that is what was wrong: libraries tell it as an OSError, as its cause, or not."""
+    stopped = what_stops_writing(checkpoint)
+    while error is not None:
+        if isinstance(error, OSError):
+            return error if error.filename is not None or stopped is None else stopped
+        error = error.__cause__ or error.__context__
+    return stopped
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -126,36 +206,30 @@ def _what_is_wrong(checkpoint: Path) -> str | None:
 def _read_marker(checkpoint: Path) -> dict[str, list[int]] | str:
     """What was recorded, or what is wrong with the record."""
     try:
-        recorded: dict[str, list[int]] = json.loads((checkpoint / _MARKER).read_text())
+        recorded = json.loads((checkpoint / _MARKER).read_bytes())
     except FileNotFoundError:
         return f"it was not finished, it has no file named {_MARKER}"
-    except ValueError:
-        return f"{_MARKER} is damaged"
+    except (ValueError, RecursionError, OSError) as error:
+        return f"{_MARKER} is damaged or cannot be read ({error})"
+    if not isinstance(recorded, dict) or not all(_is_measure(found) for found in recorded.values()):
+        return f"{_MARKER} is damaged, it is not a record of files"
+    if not recorded and any(path.name != _MARKER for path in checkpoint.iterdir()):
+        return f"{_MARKER} is damaged, it records none of the files"
     return recorded
+
+
+def _is_measure(found: Any) -> bool:
+    return isinstance(found, list) and len(found) == 2 and all(type(number) is int for number in found)
 
 
 def _measure(checkpoint: Path, names: list[str]) -> dict[str, list[int] | None]:
     """Size and CRC-32 of each file, None where it cannot be read. Each rank reads its share."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        mine = names[_rank() :: _ranks()]
-        measured = dict(zip(mine, pool.map(lambda name: _size_and_checksum(checkpoint / name), mine), strict=True))
+    measured = measure(checkpoint, names[_rank() :: _ranks()])
     if not dist.is_initialized():
         return measured
     shares: list[Any] = [None] * _ranks()
     dist.all_gather_object(shares, measured)
     return {name: found for share in shares for name, found in share.items()}
-
-
-def _size_and_checksum(path: Path) -> list[int] | None:
-    size = checksum = 0
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                size += len(chunk)
-                checksum = zlib.crc32(chunk, checksum)
-    except OSError:
-        return None
-    return [size, checksum]
 
 
 def _rank() -> int:

@@ -6,23 +6,18 @@ machine and does not shift when a file is added.
 """
 
 import hashlib
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, config, load_dataset
 
-STDLIB = "stdlib"
+from alphaadam_dist.files import visible
+from alphaadam_dist.training.text import STDLIB, is_text, standard_library
+
 _HELD_OUT_ONE_IN = 20
-# Installed packages are not the standard library, and tests and generated tables are poor reading.
-_STDLIB_SKIPPED = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data",
-    "turtledemo", "ensurepip", "__phello__",
-}  # fmt: skip
 _JSON_SUFFIXES = (".jsonl", ".json")
-_TOO_FEW = "--data has fewer than two documents: some must be held out; give a folder or a longer file"
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ def load_corpus(data: str, held_out: str | None = None) -> Corpus:
         train, rest = splits(data, held_out)
         return from_parts(_only_text(train, data), _only_text(rest, held_out or data))
     if held_out is None:
-        return _split(_documents(data))
+        return _split(data, _documents(data))
     return from_parts(*(Dataset.from_dict({"text": [t for _, t in _documents(d)]}) for d in (data, held_out)))
 
 
@@ -61,7 +56,7 @@ def splits(data: str, held_out: str | None = None) -> tuple[Dataset, Dataset]:
     rows = _rows(data)
     chosen = [i for i in range(len(rows)) if _is_held_out(str(i))] or [len(rows) - 1]
     if len(rows) < 2:
-        raise ValueError(_TOO_FEW)
+        raise _too_few(data)
     return rows.select(sorted(set(range(len(rows))) - set(chosen))), rows.select(chosen)
 
 
@@ -83,10 +78,26 @@ def _is_json(data: str) -> bool:
 def _rows(data: str) -> Dataset:
     if not _is_json(data):
         return _hub_splits(data)[0]
+    with open(data, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                raise ValueError(f"--data {data}, line {number} is not UTF-8: save the file as UTF-8") from None
+    return _load(data, "is not JSON lines, one object a line", "json", data_files=data, split="train")
+
+
+def _load(data: str, wrong: str, *where: Any, **options: Any) -> Any:
+    """What datasets finds there. Raises OSError where the system refused something, else ValueError."""
     try:
-        return load_dataset("json", data_files=data, split="train")
-    except DatasetsError as error:
-        raise ValueError(f"{data} is not JSON lines: {error.__cause__ or error}") from None
+        return load_dataset(*where, **options)
+    except Exception as error:  # a file of another shape fails in many ways, StopIteration among them
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise OSError(cause.errno, cause.strerror, cause.filename or str(config.HF_DATASETS_CACHE)) from None
+        raise ValueError(f"--data {data} {wrong}: {str(cause) or type(cause).__name__}") from None
 
 
 def _documents(data: str) -> Iterator[tuple[str, str]]:
@@ -97,30 +108,32 @@ def _documents(data: str) -> Iterator[tuple[str, str]]:
         yield from _folder(path)
     elif _is_json(data):
         rows = _rows(data)
-        yield from ((str(i), text) for i, text in enumerate(rows[_text_column(rows, data)]))
+        yield from ((str(i), text) for i, text in enumerate(_only_text(rows, data)["text"]))
     else:
         # One file has no documents to hold out whole; paragraphs are the next best unit.
         yield from ((str(i), text) for i, text in enumerate(path.read_text(errors="replace").split("\n\n")))
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if not _STDLIB_SKIPPED.intersection(name.parts):
-            yield name.as_posix(), path.read_text(encoding="utf-8", errors="replace")
+    root, names = standard_library()
+    for name in names:
+        yield name, (root / name).read_text(encoding="utf-8", errors="replace")
 
 
 def _folder(root: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            text = path.read_bytes()
-            if b"\0" not in text:
-                yield name.as_posix(), text.decode("utf-8", errors="replace")
+    for name in visible(root):
+        content = (root / name).read_bytes()
+        if is_text(content):
+            yield name, content.decode("utf-8", errors="replace")
 
 
-def _split(documents: Iterable[tuple[str, str]]) -> Corpus:
+def _too_few(data: str) -> ValueError:
+    return ValueError(
+        f"--data {data} has fewer than two documents: some must be held out; give a folder or a longer file"
+    )
+
+
+def _split(data: str, documents: Iterable[tuple[str, str]]) -> Corpus:
     train: list[str] = []
     held_out: list[str] = []
     content = hashlib.sha256()
@@ -132,7 +145,7 @@ def _split(documents: Iterable[tuple[str, str]]) -> Corpus:
     if not held_out and len(train) > 1:
         held_out.append(train.pop())
     if not held_out:
-        raise ValueError(_TOO_FEW)
+        raise _too_few(data)
     return Corpus(Dataset.from_dict({"text": train}), Dataset.from_dict({"text": held_out}), content.hexdigest()[:16])
 
 
@@ -141,8 +154,8 @@ def _is_held_out(name: str) -> bool:
 
 
 def _hub_splits(data: str) -> tuple[Dataset, Dataset]:
-    name, _, config = data.partition(":")
-    found = load_dataset(name, config or None)
+    name, _, part = data.partition(":")
+    found = _load(data, "is no dataset that can be loaded from the hub", name, part or None)
     if "train" not in found:
         raise ValueError(f"--data {data} has no split named train, only {list(found)}: choose a dataset with one")
     held_out = next((split for split in ("validation", "test") if split in found), None)
@@ -154,7 +167,16 @@ def _hub_splits(data: str) -> tuple[Dataset, Dataset]:
 
 def _only_text(rows: Dataset, data: str) -> Dataset:
     column = _text_column(rows, data)
-    return rows.select_columns([column]).rename_columns({column: "text"})
+    return with_text(rows.select_columns([column]).rename_columns({column: "text"}), data)
+
+
+def with_text(rows: Dataset, data: str) -> Dataset:
+    """The rows, whose column `text` has a text in each. Raises ValueError, naming the row, where one has none."""
+    if getattr(rows.features["text"], "dtype", "") not in ("string", "large_string") or rows.data["text"].null_count:
+        for i, text in enumerate(rows["text"]):
+            if not isinstance(text, str):
+                raise ValueError(f"--data {data}, row {i + 1}: its text is {text!r}: give a text, or leave the row out")
+    return rows
 
 
 def _text_column(rows: Dataset, data: str) -> str:

@@ -1,9 +1,10 @@
 """From documents to blocks of tokens of one length, cached, so that a second run starts at once."""
 
 import hashlib
-import os
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alphaadam_dist.cache import cache_dir
+from alphaadam_dist.files import size_and_checksum, write_whole
 from alphaadam_dist.training.corpus import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
@@ -22,7 +24,7 @@ _HELD_OUT_BLOCKS = 128
 def byte_level_bpe(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the corpus's training text, once; the same text always gives the same tokenizer."""
     path = cache_dir() / f"bpe-{corpus.digest}-{vocab_size}.json"
-    if not path.exists():
+    if not _is_recorded(path):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -33,9 +35,8 @@ def byte_level_bpe(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
             show_progress=False,
         )
         tokenizer.train_from_iterator(corpus.train["text"], trainer)
-        partial = path.with_suffix(f".partial{os.getpid()}")
-        tokenizer.save(str(partial))
-        os.replace(partial, path)
+        write_whole(path, tokenizer.to_str())
+        _record(path)
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
@@ -79,13 +80,34 @@ def _digest(text: str) -> str:
 
 def cached_map(rows: Dataset, convert: Callable[[dict[str, list[Any]]], dict[str, list[Any]]], name: str) -> Dataset:
     """Convert the rows by batches into other columns, once: the result is kept in the cache under this name."""
-    return rows.map(
+    path = cache_dir() / f"{name}.arrow"
+    recorded = _is_recorded(path)
+    result = rows.map(
         convert,
         batched=True,
         remove_columns=rows.column_names,
-        cache_file_name=str(cache_dir() / f"{name}.arrow"),
+        cache_file_name=str(path),
+        load_from_cache_file=recorded,
         new_fingerprint=name,
     )
+    if not recorded:
+        _record(path)
+    return result
+
+
+def _record(path: Path) -> None:
+    """Write size and checksum of a file of the cache beside it.
+
+    What does not agree with them is made again: a damaged file gives other tokens, or ends the process that maps it.
+    """
+    write_whole(path.with_name(f"{path.name}.crc"), json.dumps(size_and_checksum(path)))
+
+
+def _is_recorded(path: Path) -> bool:
+    try:
+        return json.loads(path.with_name(f"{path.name}.crc").read_bytes()) == size_and_checksum(path)
+    except (OSError, ValueError):
+        return False
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,10 @@
 """The DeepSpeed config of a run: a file, of `ds_configs/` or the user's own, with the optimizer the run asks for."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from alphaadam_dist.configs import config_path
+from alphaadam_dist.files import read_object
 
 _ADAMWS = ("lr", "betas", "eps", "weight_decay")
 _DEEPSPEEDS = ("torch_adam", "adam_w_mode")
@@ -24,18 +24,22 @@ def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
     """A config file as a dictionary, its optimizer AlphaAdam or AdamW; one that names no optimizer stays without.
 
     Raises:
-        ValueError: the file is not JSON, or names an optimizer of another kind, whose options mean nothing here.
+        ValueError: the file is not a JSON object, or names an optimizer of another kind, whose options mean nothing
+            here.
+        OSError: it cannot be read.
     """
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not a DeepSpeed config: {error}") from None
+    config = read_object(path, "give a DeepSpeed config, such as ds_configs/zero2.json")
     named = config.get("optimizer")
     if named is None:
         return config
-    if named["type"] not in ("AlphaAdam", "Adam", "AdamW"):
+    if not isinstance(named, dict) or not isinstance(named.get("params", {}), dict):
         raise ValueError(
-            f"{path} has the optimizer {named['type']}: name AlphaAdam or AdamW there, or leave the optimizer out"
+            f"{path} has the optimizer {named!r}: write it as "
+            '{"type": "AlphaAdam", "params": {"lr": 1e-4}}, or leave the optimizer out'
+        )
+    if named.get("type") not in ("AlphaAdam", "Adam", "AdamW"):
+        raise ValueError(
+            f"{path} has the optimizer {named.get('type')}: name AlphaAdam or AdamW there, or leave the optimizer out"
         )
     params = named.get("params", {})
     if optimizer == "AlphaAdam":

@@ -4,6 +4,7 @@ The metrics are GLUE's (Wang et al. 2018, arXiv 1804.07461, table 1).
 """
 
 import csv
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,11 +133,25 @@ def _read(task: Task, name: str, path: Path) -> Dataset:
         raise ValueError(f"{path} is not a CSV or TSV file: give one that exists and ends with .csv or .tsv")
     columns = [*task.columns, "label"]
     try:
-        # Text stays text: neither quotes in a TSV nor words such as NA and null mean anything.
+        # Text stays text: neither quotes in a TSV nor words such as NA and null mean anything. Without index_col=False
+        # pandas would take the first one for it, where rows are longer than the header, and shift the others.
         quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-        rows = pandas.read_csv(path, sep=_SEPARATORS[path.suffix], dtype=str, keep_default_na=False, quoting=quoting)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            rows = pandas.read_csv(
+                path,
+                sep=_SEPARATORS[path.suffix],
+                dtype=str,
+                keep_default_na=False,
+                quoting=quoting,
+                index_col=False,
+            )
+    except pandas.errors.ParserWarning:
+        raise ValueError(f"{path} has rows with more columns than its header: correct them") from None
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if rows.empty:
+        raise ValueError(f"{path} has no rows: give some")
     missing = [column for column in columns if column not in rows]
     if missing:
         raise ValueError(f"{path} has the columns {', '.join(rows)}: --task {name} needs {', '.join(columns)}")

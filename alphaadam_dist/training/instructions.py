@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from alphaadam_dist.training.corpus import Corpus, from_parts, is_local_text, load_corpus, splits
+from alphaadam_dist.training.corpus import Corpus, from_parts, is_local_text, load_corpus, splits, with_text
 from alphaadam_dist.training.data import cached_map, fingerprint
 
 IGNORED = -100
@@ -51,7 +51,7 @@ def _conversations(rows: Dataset, data: str) -> Dataset:
     elif "prompt" in has and has & {"response", "completion"}:
         convert = _from_prompt
     elif "text" in has:
-        return rows.select_columns(["text"])
+        return with_text(rows.select_columns(["text"]), data)
     else:
         raise ValueError(
             f"--data {data} has the columns {', '.join(sorted(has))}: give messages, or prompt and response, or "
@@ -59,7 +59,12 @@ def _conversations(rows: Dataset, data: str) -> Dataset:
         )
 
     def checked(row: Row, index: int) -> Row:
-        messages = convert(row)
+        try:
+            messages = convert(row)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--data {data}, row {index + 1} has another shape than docs/recipes.md shows ({error})"
+            ) from None
         for message in messages:
             if not isinstance(message["content"], str) or not message["content"].strip():
                 raise ValueError(f"--data {data}, row {index + 1}: what the {message['role']} says is empty")

@@ -2,6 +2,7 @@
 
 It reads the run's settings, goes on from the last complete checkpoint if there is one, trains, and leaves in
 RUN/OPTIMIZER: `metrics.jsonl`, `tensorboard/` and the checkpoints. SIGTERM to any rank saves and stops all of them.
+It ends when `alphaadam train` does, and tells it why if it fails.
 """
 
 import os
@@ -12,18 +13,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alphaadam_dist.training.reasons import tell
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
-
-TIED_TO_PARENT = "ALPHAADAM_TIED_TO_PARENT"
+from alphaadam_dist.training.tie import STARTED_BY, end, tie
 
 
 def main() -> None:
     """Run this rank."""
     run, optimizer = Path(sys.argv[1]), sys.argv[2]
     with sigterm_asks() as asked_to_stop:
-        if os.environ.get(TIED_TO_PARENT):
-            threading.Thread(target=_follow_parent, args=(asked_to_stop,), daemon=True).start()
-        train(run, optimizer, asked_to_stop)
+        tie(asked_to_stop)
+        if STARTED_BY in os.environ:
+            threading.Thread(target=listen, args=(asked_to_stop,), daemon=True).start()
+        try:
+            train(run, optimizer, asked_to_stop)
+        except Exception as error:
+            tell(error)
+            end(1)  # the others may wait for this rank: it waits for nobody
         leave()
 
 
@@ -38,15 +44,13 @@ def sigterm_asks() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _follow_parent(asked_to_stop: threading.Event) -> None:
-    """Stop when `alphaadam train`, at the other end of standard input, writes a byte; end at once when it ends.
+def listen(asked_to_stop: threading.Event) -> None:
+    """Stop when `alphaadam train`, at the other end of standard input, writes a byte.
 
-    The ranks share the pipe, and one of them gets the byte. A rank whose parent was killed must not train on unseen
-    and write into a folder that the next start resumes.
+    The ranks share the pipe, and one of them gets the byte.
     """
     while os.read(0, 1):
         asked_to_stop.set()
-    os._exit(1)
 
 
 def leave(code: int = 0) -> None:
@@ -63,9 +67,7 @@ def leave(code: int = 0) -> None:
 
             free_shared_memory()
         dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end(code)
 
 
 def train(run: Path, optimizer: str, asked_to_stop: threading.Event) -> None:

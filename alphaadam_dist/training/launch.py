@@ -2,22 +2,30 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from alphaadam_dist.training.job import TIED_TO_PARENT
+from alphaadam_dist.training.reasons import Explained, Reason, heard
 from alphaadam_dist.training.settings import Settings
+from alphaadam_dist.training.tie import STARTED_BY
 
 LOG_NAME = "train.log"
 SIGTERM_CODE = 128 + signal.SIGTERM
 _RESTARTS = 1  # a rank may die; a mistake in the settings should not take long to show
 _POLL_SECONDS = 0.25
+_LAST_WORDS_SECONDS = 5.0
 _TAIL_LINES = 30
+_DIED = re.compile(r"(?:exitcode\s*:|return code =)\s*-(\d+)")  # what torchrun and DeepSpeed say of a killed rank
 
 
 class Stopped(Exception):
@@ -31,8 +39,76 @@ class Stopped(Exception):
         self.saved = saved
 
 
-class LaunchError(RuntimeError):
-    """The ranks ended with an error; the message shows the end of their log."""
+class LaunchError(Explained):
+    """The ranks ended with an error; the message is the reason in one line.
+
+    Attributes:
+        tail: the end of what the ranks wrote, where no rank told why it failed.
+    """
+
+    def __init__(self, message: str, tail: str = "") -> None:
+        super().__init__(message)
+        self.tail = tail
+
+
+class Output:
+    """What the ranks write: into the log, and searched for the reason of a failure.
+
+    It goes through this process because a full disk, the most common reason of all, would not take it.
+
+    Attributes:
+        writer: the descriptor that the ranks write to.
+        final: set once a rank failed by itself, not because another one was gone: a new start would fail too.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._reasons: list[Reason] = []
+        self.final = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._file = open(self._log, "ab", buffering=0)
+        reader, self.writer = os.pipe()
+        self._thread = threading.Thread(target=self._read, args=(reader,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self.writer)
+        self._thread.join(_LAST_WORDS_SECONDS)  # a rank that outlived its launcher may hold the pipe open
+
+    def _read(self, reader: int) -> None:
+        with open(reader, "rb") as lines, self._file as log:
+            for line in lines:
+                with contextlib.suppress(OSError):
+                    log.write(line)
+                text = line.decode(errors="replace").rstrip()
+                self._tail.append(text)
+                if (reason := heard(text)) is not None:
+                    self._reasons.append(reason)
+                    if not reason.lost:
+                        self.final.set()
+
+    def failure(self, folder: Path) -> LaunchError:
+        """The error to raise where the launcher failed."""
+        killed = next((found for line in reversed(self._tail) if (found := _DIED.search(line))), None)
+        signal_name = signal.Signals(int(killed[1])).name if killed else None
+        if (reason := self.reason) is not None:
+            more = f" (a rank was ended by {signal_name})" if signal_name and reason.lost else ""
+            return LaunchError(f"training in {folder} failed, {self._log} tells how: {reason.text}{more}")
+        if signal_name is not None:
+            said = f"a rank was ended by {signal_name}, as where memory is short"
+        else:
+            said = "no rank told why"
+        return LaunchError(f"training in {folder} failed: {said}; see the end of {self._log}", "\n".join(self._tail))
+
+    @property
+    def reason(self) -> Reason | None:
+        """The first that a rank told; one of its own before one that another's end gave it."""
+        return next(iter(sorted(self._reasons, key=lambda reason: reason.lost)), None)
 
 
 def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
@@ -72,7 +148,6 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
         with contextlib.suppress(BrokenPipeError):
             os.write(process.stdin.fileno(), b"s")
 
-    log_path = folder / LOG_NAME
     threads = max(1, (os.cpu_count() or 1) // settings.gpus)
     environment = {
         "OMP_NUM_THREADS": str(threads),
@@ -80,30 +155,32 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
         "PATH": _path(),  # DeepSpeed compiles with the ninja it finds first
-        TIED_TO_PARENT: "1",
+        STARTED_BY: str(os.getpid()),
     }
     with (
-        open(log_path, "a") as log,
-        subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,
+        Output(folder / LOG_NAME) as output,
+        subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=output.writer, stderr=output.writer, env=environment
+        ) as process,
     ):
         before = signal.signal(signal.SIGTERM, stop)
         try:
             while process.poll() is None:
                 while_running()
-                try:
+                if output.final.is_set():
+                    output.final.clear()
+                    process.terminate()  # torchrun would start the ranks again
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
         finally:
             # On an interrupt the ranks must be gone before the run's folder is released.
             process.terminate()
             signal.signal(signal.SIGTERM, before)
         while_running()
-    if stopping:
+    if stopping and (process.returncode == 0 or output.reason is None):
         raise Stopped(saved=process.returncode == 0)
     if process.returncode != 0:
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-        raise LaunchError(f"training in {folder} failed (exit code {process.returncode}):\n\n{tail}\n\n{log_path}")
+        raise output.failure(folder)
 
 
 def free_port() -> int:

@@ -8,14 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from alphaadam_dist.training import checkpoints, metrics
-from alphaadam_dist.training.launch import LOG_NAME, command, launch
+from alphaadam_dist.training.launch import LOG_NAME, LaunchError, command, launch
 from alphaadam_dist.training.plots import plot_run
 from alphaadam_dist.training.progress import TrainingProgress
+from alphaadam_dist.training.runs import PICTURE_NAME
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
 from alphaadam_dist.training.summary import print_losses, print_samples
 from alphaadam_dist.zero import leftovers
-
-PICTURE_NAME = "losses.png"
 
 
 def run_main_job(console: Console, run: Path, settings: Settings, optimizers: list[str]) -> None:
@@ -27,14 +26,15 @@ def run_main_job(console: Console, run: Path, settings: Settings, optimizers: li
 
 def train_one(console: Console, run: Path, optimizer: str, settings: Settings) -> None:
     """Train with one optimizer from its last complete checkpoint, or from the start."""
-    step = checkpoints.step_of(checkpoints.last_complete(run / optimizer))
+    folder = run / optimizer
+    step = checkpoints.step_of(checkpoints.choose(folder))
     if step == settings.steps:
         console.print(f"{OPTIMIZERS[optimizer]} has finished its {step} steps already.", highlight=False)
         return
     if step:
         console.print(f"{OPTIMIZERS[optimizer]} goes on from step {step}.", highlight=False)
-    folder = run / optimizer
     folder.mkdir(exist_ok=True)
+    last = folder / f"checkpoint-{settings.steps}"
     line = command(run, optimizer, settings)
     if not settings.fsdp:
         leftovers.clear(partial(console.print, highlight=False, markup=False, soft_wrap=True))
@@ -44,6 +44,8 @@ def train_one(console: Console, run: Path, optimizer: str, settings: Settings) -
     metrics.truncate(log, step)
     with TrainingProgress(console, OPTIMIZERS[optimizer], log, settings.steps) as progress:
         launch(line, folder, settings, progress.update)
+    if not checkpoints.is_marked(last):  # DeepSpeed's launcher says nothing where its own helper was killed
+        raise LaunchError(f"training in {folder} ended before step {settings.steps}: --resume goes on")
 
 
 def report(console: Console, run: Path, settings: Settings, optimizers: list[str]) -> None:

@@ -1,5 +1,7 @@
 """The model to train: a small Llama built here, or any causal language model by hub id, local folder or GGUF file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from transformers import (
 from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
 from alphaadam_dist.training.presets import TINY
+from alphaadam_dist.training.reasons import is_of_communication
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,7 +39,8 @@ def load_tokenizer(model: str, corpus: Corpus) -> PreTrainedTokenizerBase:
 def pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id, a local folder or a GGUF file."""
     folder, file = _place(model)
-    return AutoTokenizer.from_pretrained(folder, **file)
+    with naming_model(model):
+        return AutoTokenizer.from_pretrained(folder, **file)
 
 
 def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -45,12 +49,28 @@ def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
     It is loaded in `dtype`, whatever it was saved in: DeepSpeed trains in the type it is given.
     """
     folder, file = _place(model)
-    if not file:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     # Without this the weights would stay quantized where the device has a kernel for them, and could not be trained.
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **file
-    )
+    unpacked = {"quantization_config": GgufConfig(dequantize=True), **file} if file else {}
+    with naming_model(model):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **unpacked)
+
+
+@contextmanager
+def naming_model(model: str) -> Iterator[None]:
+    """Name the model in what its damaged or foreign files make of their readers, as a ValueError.
+
+    What the system or other ranks are to blame for passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_the_machine = isinstance(error, RuntimeError) and type(error) is not RuntimeError  # out of memory, say
+        if isinstance(error, OSError) or of_the_machine or is_of_communication(error):
+            raise
+        raise ValueError(
+            f"--model {model} cannot be loaded ({type(error).__name__}: {error}): its files are damaged or of another "
+            "kind of model; give another"
+        ) from error
 
 
 def _place(model: str) -> tuple[str, dict[str, str]]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from alphaadam_dist.files import naming
 from alphaadam_dist.training.metrics import Entry
 
 _COLORS = {"AlphaAdam": "#d1495b", "AdamW": "#30638e"}
@@ -52,7 +53,8 @@ def plot_run(logs: dict[str, list[Entry]], subtitle: str, path: Path, *, loss: s
         _draw_series(alpha, logs["AlphaAdam"], "alpha", "boost of the agreeing coordinates")
         _draw_series(agreement, logs["AlphaAdam"], "agreement", "gradients with their momentum's sign")
         agreement.set_xlabel("step")
-        figure.savefig(path)
+        with naming(path):
+            figure.savefig(path)
 
 
 def _draw_losses(axes: Axes, logs: dict[str, list[Entry]], title: str) -> None:

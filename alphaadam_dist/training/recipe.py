@@ -7,6 +7,7 @@ in OUT/OPTIMIZER. Started again with the other one and the same OUT, it shows bo
 import inspect
 import math
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -17,20 +18,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from alphaadam_dist.training import metrics
+from alphaadam_dist.training import metrics, reasons
 from alphaadam_dist.training.job import leave, sigterm_asks
 from alphaadam_dist.training.launch import SIGTERM_CODE, Stopped, free_port
-from alphaadam_dist.training.runs import open_half
-from alphaadam_dist.training.settings import OPTIMIZERS, SavedSettings
+from alphaadam_dist.training.runs import PICTURE_NAME, open_half
+from alphaadam_dist.training.settings import (
+    LARGE,
+    MANY,
+    OPTIMIZERS,
+    SavedSettings,
+    check_counts,
+    check_rates,
+    check_seed,
+)
+from alphaadam_dist.training.tie import end, tie
 from alphaadam_dist.verify.launch import environment
 from alphaadam_dist.zero import leftovers
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
-PICTURE_NAME = "losses.png"
 _FINISHED = "finished"
 WHAT, HOW, RUN = "What to train", "How to run it", "Results"
 _NOT_COMPARED = ("optimizer", "out", "resume", "local_rank", "save_every")  # runs that differ in these are comparable
@@ -84,12 +92,14 @@ class Recipe(SavedSettings):
     local_rank: Annotated[int, option("", HOW, "--local_rank", "--local-rank", hidden=True)] = 0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "steps", "batch", "accumulate", "save_every"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"--weight-decay is {self.weight_decay}: it must be 0 or more")
+        check_rates(self, ("lr", "epochs"))
+        if self.epochs > MANY:
+            raise ValueError(f"--epochs is {self.epochs}: it must be {MANY:,} or less")
+        check_counts(self, {"steps": 1, "save_every": 1})
+        check_counts(self, {"batch": 1, "accumulate": 1}, LARGE)
+        check_seed(self.seed)
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay is {self.weight_decay}: it must be 0 or more, and finite")
         if self.fsdp and self.deepspeed is not None:
             raise ValueError(f"--fsdp with --deepspeed {self.deepspeed}: one of them shards the model, so give one")
         if self.deepspeed is not None and not self.deepspeed.is_file():
@@ -203,6 +213,11 @@ class Training:
         from alphaadam_dist.training.summary import print_losses, print_scores
 
         out, logs = self.recipe.out, self.logs()
+        if self.optimizer not in logs:
+            raise ValueError(
+                f"{self.folder / metrics.FILE_NAME} has no losses of the training that finished there: restore it, or "
+                "start afresh with another --out"
+            )
         self.console.print()
         if scores:
             print_scores(self.console, logs, scores)
@@ -233,16 +248,18 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
     hints = get_type_hints(kind, include_extras=True)
 
     def run(**values: Any) -> None:
-        os.environ.update(_launched())
-        first = os.environ.get("RANK", "0") == "0"
         joined = dist.is_initialized()
         console = Console()
         try:
+            os.environ.update(_launched())
+            first = os.environ["RANK"] == "0"
             recipe = kind(**values)
             if recipe.deepspeed is not None:
                 leftovers.clear(console.print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda _: None)
             opened = open_half(recipe.out, recipe.optimizer, recipe.resume, recipe) if first else nullcontext()
             with opened, sigterm_asks() as asked_to_stop:
+                if not joined:
+                    tie(asked_to_stop)
                 main(recipe, Training(recipe, console, first, asked_to_stop))
             if not joined:
                 leave()
@@ -252,8 +269,10 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
             if not joined:
                 leave(SIGTERM_CODE)
             raise typer.Exit(SIGTERM_CODE) from None
-        except (ValueError, ImportError) as error:
-            print_error(str(error))
+        except Exception as error:
+            _say_why(error)
+            if not joined and dist.is_initialized():
+                end(1)  # other ranks may wait for this one: it waits for nobody
             raise typer.Exit(1) from None
 
     run.__doc__ = inspect.cleandoc(main.__doc__ or "")
@@ -269,9 +288,12 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
     return app
 
 
-def print_error(message: str) -> None:
-    """Say what went wrong, as every command of this package does."""
-    Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+def _say_why(error: Exception) -> None:
+    """The reason in one line; before it the traceback, where the line may not be enough."""
+    error = reasons.with_missing_ranks(error)
+    if not reasons.is_explained(error):
+        traceback.print_exception(error)
+    reasons.print_error(reasons.of(error).text)
 
 
 def _launched() -> dict[str, str]:

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alphaadam_dist.files import sentence
 from alphaadam_dist.training import metrics
-from alphaadam_dist.training.settings import FILE_NAME, SavedSettings, Settings
+from alphaadam_dist.training.settings import FILE_NAME, OPTIMIZERS, SavedSettings, Settings
+
+PICTURE_NAME = "losses.png"
 
 _DEFAULT_ROOT = Path("runs")
 _LOCK_NAME = ".lock"
@@ -18,11 +21,21 @@ def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Pat
     """Yield the folder to train in, locked while the context lasts.
 
     Without `out` runs are numbered: `runs/train-1`, `runs/train-2` and so on, and `resume` takes the newest.
+
+    Raises ValueError where the folder is somebody else's, is in use, or cannot be made or written to.
     """
     run = out or _numbered(resume)
-    if not resume and run.is_dir() and any(path.name != _LOCK_NAME for path in run.iterdir()):
-        raise ValueError(f"--out {run} is not empty: add --resume to go on with the run in it, or choose another --out")
-    with _locked(run):
+    with _naming_out(run):
+        used = _used(run)
+        if used and not resume:
+            raise ValueError(
+                f"--out {run} is not empty: add --resume to go on with the run in it, or choose another --out"
+            )
+        if used and not (run / FILE_NAME).exists():
+            raise ValueError(f"--out {run} has {used[0]} and no {FILE_NAME}, so it is no run: choose another --out")
+        if used:
+            settings.read(run)  # before anything is written there
+    with _locked(run, run):
         if (run / FILE_NAME).exists():
             settings.check_resumes(run)
         else:
@@ -34,27 +47,54 @@ def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Pat
 def open_half(run: Path, optimizer: str, resume: bool, settings: SavedSettings) -> Iterator[Path]:
     """Yield RUN/OPTIMIZER to train in, locked while the context lasts; the other optimizer's may be there already.
 
-    Both are trained with the same settings, or the second is refused.
+    Both are trained with the same settings, or the second is refused. Raises ValueError as `open_run`.
     """
     folder = run / optimizer
-    if (folder / metrics.FILE_NAME).exists() and not resume:
-        raise ValueError(f"{folder} has a training already: add --resume to go on with it, or choose another --out")
-    if any(run.glob(f"*/{metrics.FILE_NAME}")):
-        settings.check_resumes(run)
-    with _locked(folder):
+    with _naming_out(run):
+        if (folder / metrics.FILE_NAME).exists() and not resume:
+            raise ValueError(f"{folder} has a training already: add --resume to go on with it, or choose another --out")
+        if (run / FILE_NAME).exists():
+            # a start that failed before its first step leaves settings behind, and the next may have others
+            begun = any((run / name / metrics.FILE_NAME).exists() for name in OPTIMIZERS)
+            settings.check_resumes(run) if begun else settings.read(run)
+        elif (run / PICTURE_NAME).exists() or any(_used(run / name) for name in OPTIMIZERS):
+            raise ValueError(
+                f"--out {run} has {PICTURE_NAME} or a folder {' or '.join(OPTIMIZERS)} and no {FILE_NAME}, so they "
+                "are not a recipe's: choose another --out"
+            )
+    with _locked(folder, run):
         settings.save(run)
         yield folder
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK_NAME, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"a training is still running in {folder}: wait for it, or choose another --out") from None
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    with _naming_out(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / _LOCK_NAME, "a")  # noqa: SIM115  (it stays open as long as the training lasts)
+    with lock:
+        with _naming_out(out):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"a training is still running in {folder}: wait for it, or choose another --out"
+                ) from None
         yield
+
+
+@contextmanager
+def _naming_out(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be used, {sentence(error)}") from None
+
+
+def _used(folder: Path) -> list[str]:
+    """What is in a folder, apart from what a start that went no further leaves there."""
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name for name in found if name != _LOCK_NAME and not name.startswith(f"{FILE_NAME}.partial"))
 
 
 def _numbered(resume: bool) -> Path:

@@ -5,18 +5,34 @@ a file in the run's folder: every rank, and every later `--resume`, reads the sa
 """
 
 import json
-import os
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from alphaadam_dist.files import read_object, write_whole
+from alphaadam_dist.training.text import digest_of_data, digest_of_place
+
 OPTIMIZERS = {"alphaadam": "AlphaAdam", "adamw": "AdamW"}
 FILE_NAME = "settings.json"
+MANY, LARGE = 10**9, 10**7
+"""No number of steps is above the first, and no size of a batch, a model or a cluster above the second."""
+
+_INPUTS = "inputs"
+_INPUT_DIGESTS = {
+    "data": digest_of_data, "held_out": digest_of_data, "model": digest_of_place, "tokenizer": digest_of_place,
+    "deepspeed": digest_of_place,
+}  # fmt: skip
+_RESTORE = "restore it, or start afresh with another --out"
 
 
 @dataclass(frozen=True)
 class SavedSettings:
-    """Settings that a run's folder remembers: everything that decides what it computes, except its optimizer."""
+    """Settings that a run's folder remembers: everything that decides what it computes, except its optimizer.
+
+    What local files hold that an option names is remembered too.
+    """
 
     def saved(self) -> dict[str, Any]:
         """What is remembered, by option name, as JSON keeps it."""
@@ -24,21 +40,54 @@ class SavedSettings:
 
     def save(self, run: Path) -> None:
         """Write the settings into the run's folder, whole or not at all."""
-        partial = run / f"{FILE_NAME}.partial"
-        partial.write_text(json.dumps(self.saved(), indent=2) + "\n")
-        os.replace(partial, run / FILE_NAME)
+        held = self.saved() | {_INPUTS: self._inputs()}
+        write_whole(run / FILE_NAME, json.dumps(held, indent=2) + "\n")
+
+    def _inputs(self) -> dict[str, str]:
+        digests = {name: digest(getattr(self, name, None)) for name, digest in _INPUT_DIGESTS.items()}
+        return {name: digest for name, digest in digests.items() if digest is not None}
+
+    def read(self, run: Path) -> dict[str, Any]:
+        """What the run in this folder remembers. Raises ValueError where that is not what `saved` names."""
+        path = run / FILE_NAME
+        held = read_object(path, _RESTORE)
+        expected = set(self.saved())
+        check_names(path, set(held) - {_INPUTS}, expected, expected)
+        if not isinstance(held.setdefault(_INPUTS, {}), dict):
+            raise ValueError(f"{path} has {_INPUTS}={held[_INPUTS]!r} where an object belongs: {_RESTORE}")
+        return held
 
     def check_resumes(self, run: Path) -> None:
         """Refuse to go on with a run under settings other than its own: the curve would be neither run's."""
-        started = json.loads((run / FILE_NAME).read_text())
+        started = self.read(run)
         for name, now in self.saved().items():
-            was = started.get(name)
-            if was != now:
-                option = name.replace("_", "-")
+            if started[name] != now:
                 raise ValueError(
-                    f"--{option} is {now}, but the run in {run} was started with {was}: "
-                    f"give --{option} {was} to go on, or another --out to start afresh"
+                    f"{_option(name)} is {now}, but the run in {run} was started with {started[name]}: "
+                    f"give {_option(name)} {started[name]} to go on, or another --out to start afresh"
                 )
+        inputs = self._inputs()
+        for name, was in started[_INPUTS].items():
+            if inputs.get(name) != was:
+                raise ValueError(
+                    f"{_option(name)} {getattr(self, name, '')} has changed since the run in {run} was started: "
+                    "restore what it was to go on, or give another --out to start afresh"
+                )
+
+
+def check_names(path: Path, found: set[str], needed: set[str], allowed: set[str]) -> None:
+    """Raise ValueError where a settings file was written by another version, or for another program."""
+    missing, unknown = sorted(needed - found), sorted(found - allowed)
+    if missing or unknown:
+        said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(unknown)}"] * bool(unknown)
+        raise ValueError(
+            f"{path} is of another version or another program, it {' and '.join(said)}: go on with what wrote it, or "
+            "start afresh with another --out"
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_path(option: str, value: str) -> None:
@@ -46,6 +95,30 @@ def check_path(option: str, value: str) -> None:
     is_path = value.startswith((".", "/")) or value.endswith("/") or value.count("/") > 1
     if is_path and not Path(value).exists():
         raise ValueError(f"--{option} is {value}: there is no such file or folder; check the path")
+
+
+def check_counts(settings: SavedSettings, least: Mapping[str, int], most: int = MANY) -> None:
+    """Raise ValueError where an option, if it is given, is below its least value or above any reason."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < low:
+            raise ValueError(f"{_option(name)} is {value}: it must be {low} or more")
+        if value is not None and value > most:
+            raise ValueError(f"{_option(name)} is {value}: it must be {most:,} or less")
+
+
+def check_rates(settings: SavedSettings, above_zero: tuple[str, ...]) -> None:
+    """Raise ValueError where one of these numbers, if it is given, is not above 0 and finite."""
+    for name in above_zero:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{_option(name)} is {value}: it must be above 0 and finite, such as 1e-3")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError where numpy would not take the seed."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed is {seed}: it must be from 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True)
@@ -67,19 +140,19 @@ class Settings(SavedSettings):
     def __post_init__(self) -> None:
         for name in ("model", "data"):
             check_path(name, getattr(self, name))
-        for name in ("steps", "gpus", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must be 1 or more")
+        check_counts(self, {"steps": 1})
+        check_counts(self, {"gpus": 1, "batch": 1}, LARGE)
         if self.block < 2:
             raise ValueError(f"--block is {self.block}: predicting a next token takes blocks of 2 tokens or more")
+        check_counts(self, {"block": 2}, LARGE)
+        check_rates(self, ("lr",))
+        check_seed(self.seed)
         if self.fsdp and self.zero is not None:
             raise ValueError(f"--fsdp with --zero {self.zero}: FSDP2 or ZeRO shards the model, so give one of them")
         if not self.fsdp and self.zero not in range(4):
             raise ValueError(f"--zero is {self.zero}: ZeRO has the stages 0, 1, 2 and 3")
         if self.offload and self.zero not in (2, 3):
             raise ValueError(f"--offload with {self.sharding}: offloading needs --zero 2 or --zero 3")
-        if not self.lr > 0:
-            raise ValueError(f"--lr is {self.lr}: it must be above 0, such as 1e-3")
 
     @property
     def sharding(self) -> str:
@@ -88,8 +161,18 @@ class Settings(SavedSettings):
 
     @classmethod
     def load(cls, run: Path) -> Self:
-        """Read the settings of the run in this folder."""
-        return cls(**json.loads((run / FILE_NAME).read_text()))
+        """Read the settings of the run in this folder. Raises ValueError where the file is not what `save` writes."""
+        path = run / FILE_NAME
+        held = read_object(path, _RESTORE)
+        held.pop(_INPUTS, None)
+        types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+        check_names(path, set(held), set(types), set(types))
+        for name, value in held.items():
+            if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool):
+                raise ValueError(
+                    f"{path} has {name}={value!r}, which is of another kind than {_option(name)}: {_RESTORE}"
+                )
+        return cls(**held)
 
     def share(self, ranks: int) -> tuple[int, int]:
         """Blocks a rank takes at a time, and how many times before a step, so that a step's batch is always the same.

@@ -66,8 +66,11 @@ def _before(entries: list[Entry], measure: str) -> float | None:
 
 
 def final_held_out(entries: list[Entry]) -> float:
-    """The held-out loss at the end of the run."""
-    return float([entry["eval_loss"] for entry in entries if "eval_loss" in entry][-1])
+    """The held-out loss at the end of the run. Raises ValueError where the log has none."""
+    losses = [float(entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
+    if not losses:
+        raise ValueError("the log of this run has no held-out loss: restore it, or start afresh with another --out")
+    return losses[-1]
 
 
 def _verdict(held_out: dict[str, float]) -> str:

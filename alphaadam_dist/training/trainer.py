@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from rich.console import Console
 from torch import nn
@@ -20,10 +19,12 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from alphaadam_dist import AlphaAdam, lost
+from alphaadam_dist import AlphaAdam
+from alphaadam_dist.files import naming
 from alphaadam_dist.training import checkpoints, fsdp, metrics
 from alphaadam_dist.training.callbacks import AlphaMetrics, CheckpointMarker, JsonlLog, ShowProgress
 from alphaadam_dist.training.progress import TrainingProgress
+from alphaadam_dist.training.reasons import with_missing_ranks
 
 
 def training_arguments(
@@ -120,10 +121,15 @@ def fit(
     """
     folder = Path(str(arguments.output_dir))
     checkpoint = checkpoints.take_up(folder)
+    if strangers := checkpoints.strangers(folder):
+        raise ValueError(
+            f"{folder} has {', '.join(strangers)}, which this run did not write, and it keeps only its last two: move "
+            "them elsewhere, or choose another --out"
+        )
     resumed_step = checkpoints.step_of(checkpoint)
     arguments.eval_on_start &= checkpoint is None
     log = folder / metrics.FILE_NAME
-    logged: list[TrainerCallback] = [AlphaMetrics(), CheckpointMarker()]
+    logged: list[TrainerCallback] = [AlphaMetrics()]
     if arguments.process_index == 0:
         metrics.truncate(log, resumed_step)
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
@@ -138,7 +144,7 @@ def fit(
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[*logged, *callbacks],
+        callbacks=[*logged, *callbacks, CheckpointMarker()],
         compute_loss_func=compute_loss,
         compute_metrics=compute_metrics,
         optimizer_cls_and_kwargs=None if named else _client_optimizer(optimizer, arguments),
@@ -146,12 +152,11 @@ def fit(
     if console is not None:
         trainer.remove_callback(PrinterCallback)
     try:
-        with checkpoints.naming_failed_saves(folder):
+        with naming(folder), checkpoints.naming_failed_saves(folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except lost.RankLost:
-        raise
     except RuntimeError as error:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            raise lost.explained(error, "training", dist.group.WORLD) from error
-        raise
+        explained = with_missing_ranks(error)
+        if explained is error:
+            raise
+        raise explained from error
     return trainer.state.global_step >= arguments.max_steps

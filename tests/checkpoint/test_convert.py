@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,11 +24,12 @@ from typer.testing import CliRunner
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.cli import app
 from alphaadam_dist.convert import convert
+from alphaadam_dist.zero.universal import read
 from tests.models import decay_groups, tiny_llama, token_batches
 from tests.ranks import Ranks
 from tests.zero.test_training import deviation
 
-from .test_files import flip, truncate
+from .test_files import flip, largest_file, truncate
 from .test_universal import OPTIONS, SAVED_AFTER, STEPS, Saved, alphas_apart, awkward_llama
 
 pytestmark = pytest.mark.slow
@@ -154,6 +157,104 @@ def test_what_is_wrong_is_named(saved: Saved, tmp_path: Path, damage: str) -> No
     assert not (tmp_path / "dcp").exists()
     status, said = run_command(folder / "universal", tmp_path / "dcp")  # what was left behind is no obstacle
     assert status == 0, said
+
+
+def contents(universal: Path, path: Path) -> Any:
+    """All that `convert` takes from one of the files."""
+    if path.parent.parent.name == "zero" and path.name != "step.pt":
+        return read(universal).tensor(path.parent.name, path.stem)
+    held = read(universal)
+    return held.shapes, held.steps, held.others, held.tied, held.groups
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return (
+            a.dtype == b.dtype and a.shape == b.shape and a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
+        )
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def outcome(universal: Path, path: Path, whole: Any) -> str:
+    try:
+        return "the same" if same(contents(universal, path), whole) else f"{path} gives other values without a word"
+    except ValueError as error:
+        is_named = str(path) in str(error) and "make it again" in str(error)
+        return "named" if is_named else f"{path} is not named: {error}"
+
+
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+def test_a_flipped_bit_is_named_with_its_file_or_changes_nothing(saved: Saved, tmp_path: Path, mode: str) -> None:
+    """Half of the bits are in the zip's directory, at the end, which no checksum covers."""
+    universal = shutil.copytree(saved(mode, "exact", awkward_llama)[0] / "universal", tmp_path / "universal")
+    random = Random(mode)
+    files = sorted(path for path in universal.rglob("*.pt"))
+    seen = set()
+    for path in [*random.sample(files, 10), *universal.glob("*.pt"), universal / "zero/optimizer_state.pt"]:
+        whole, held = contents(universal, path), path.read_bytes()
+        for _ in range(8):
+            at = random.choice([random.randrange(len(held)), random.randrange(max(0, len(held) - 900), len(held))])
+            flipped = bytearray(held)
+            flipped[at] ^= 1 << random.randrange(8)
+            path.write_bytes(flipped)
+            seen.add(outcome(universal, path, whole))
+        path.write_bytes(held)
+    assert seen == {"named", "the same"}
+
+
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+def test_a_whole_file_in_the_place_of_another_is_named(saved: Saved, tmp_path: Path, mode: str) -> None:
+    universal = shutil.copytree(saved(mode, "exact")[0] / "universal", tmp_path / "universal")
+    norm, proj = (universal / "zero" / f"model.{name}.weight" for name in ("norm", "layers.0.mlp.up_proj"))
+    swaps = [
+        (norm / "fp32.pt", proj / "fp32.pt"),
+        (norm / "exp_avg.pt", proj / "exp_avg.pt"),
+        (norm / "exp_avg_sq.pt", norm / "exp_avg.pt"),  # squares are not negative
+        (norm / "exp_avg.pt", universal / "zero/optimizer_state.pt"),
+        (next(iter(sorted(universal.glob("*.pt")))), universal / "zero/optimizer_state.pt"),
+    ]
+    if mode == "zero2":
+        swaps.append((norm / "step.pt", norm / "fp32.pt"))
+        down = universal / "zero" / "model.layers.0.mlp.down_proj.weight"
+        swaps.append((proj / "exp_avg.pt", down / "exp_avg.pt"))  # as many elements, the other way round
+    for one, other in swaps:
+        held = one.read_bytes(), other.read_bytes()
+        one.write_bytes(held[1]), other.write_bytes(held[0])
+        with pytest.raises(ValueError, match="make it again") as error:
+            convert(universal, tmp_path / "dcp")
+        assert any(str(swapped) in str(error.value) for swapped in (one, other))
+        one.write_bytes(held[0]), other.write_bytes(held[1])
+    convert(universal, tmp_path / "dcp")
+
+
+def test_what_is_in_the_way_is_named_and_stays(saved: Saved, tmp_path: Path) -> None:
+    folder, _ = saved("zero2", "exact")
+    (tmp_path / "dcp.partial").mkdir()
+    (tmp_path / "dcp.partial" / "mine").write_text("my work")
+    status, said = run_command(folder / "universal", tmp_path / "dcp")
+    assert status == 1
+    assert f"{tmp_path / 'dcp.partial'} exists: remove it if it is not needed" in said
+    assert (tmp_path / "dcp.partial" / "mine").read_text() == "my work"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert f"{tmp_path / 'link'} exists" in run_command(folder / "universal", tmp_path / "link")[1]
+
+
+def test_a_system_that_refuses_to_write_is_named_with_the_file(saved: Saved, tmp_path: Path) -> None:
+    folder, _ = saved("zero2", "exact")
+    with largest_file(1 << 16):
+        status, said = run_command(folder / "universal", tmp_path / "dcp")
+    assert status == 1
+    last = said.strip().splitlines()[-1]
+    assert re.search(rf"Error: {tmp_path}/dcp.partial/\S+: file too large: allow larger files", last), last
+    assert os.listdir(tmp_path) == [], "what it wrote itself is gone"
+    (tmp_path / "file").touch()
+    status, said = run_command(folder / "universal", tmp_path / "file" / "dcp")
+    assert status == 1
+    assert f"{tmp_path}/file/dcp.partial: not a directory: a part of this path is a file" in said
 
 
 def test_an_existing_target_is_refused(saved: Saved, tmp_path: Path) -> None:

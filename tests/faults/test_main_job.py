@@ -1,6 +1,7 @@
 """Whatever happens to the main job on the way, its curve is that of a run to which nothing happened."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ class Job:
 
     def __init__(self, out: Path, text: Path, *more: str) -> None:
         self.folder = out / "alphaadam"
-        small = ["--steps", str(STEPS), "--batch", "4", "--block", "32", "--data", str(text), "--no-compare"]
+        small = ["--steps", str(STEPS), "--batch", "4", "--block", "32", "--data", str(text)]
         self.cache = out.parent / "cache"
         self.arguments = ["train", *small, "--out", str(out), *more]
 
@@ -77,12 +78,12 @@ class Job:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_fsdp_survives_a_killed_rank_sigterm_and_other_numbers_of_ranks(text: Path, tmp_path: Path):
-    calm = Job(tmp_path / "calm", text, "--fsdp")
+    calm = Job(tmp_path / "calm", text, "--fsdp", "--no-compare")
     code, output = calm.finish("--gpus", "2")
     assert code == 0, output
     assert [step for step, *_ in calm.curve()] == list(range(1, STEPS + 1))
 
-    job = Job(tmp_path / "run", text, "--fsdp")
+    job = Job(tmp_path / "run", text, "--fsdp", "--no-compare")
     # rank 1 dies while the checkpoint of step 4 is written; torchrun starts the ranks again, from step 2
     job.stop_after(5, "--gpus", "2", fault=f"save:1:4:{tmp_path}")
     assert (tmp_path / "save-happened").exists()
@@ -99,3 +100,49 @@ def test_fsdp_survives_a_killed_rank_sigterm_and_other_numbers_of_ranks(text: Pa
         # sums in another order, and signs of gradients that are rounding noise
         assert loss == pytest.approx(calm_loss, rel=1e-4)
         assert norm == pytest.approx(calm_norm, rel=1e-3)
+
+
+SHARDINGS = (["--fsdp"], ["--zero", "2"])
+
+
+def last_line(output: str) -> str:
+    assert "Traceback" not in output
+    return output.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("sharding", SHARDINGS, ids=" ".join)
+def test_a_mistake_in_the_settings_is_said_once_and_last(text: Path, tmp_path: Path, sharding: list[str]):
+    """Neither the launcher nor the other optimizer tries it again."""
+    job = Job(tmp_path / "run", text, *sharding, "--gpus", "2", "--block", "9999999")
+    code, output = job.finish()
+    assert code == 1
+    reason = "--data has no training block of 9999999 tokens: give more text, or a smaller --block"
+    assert last_line(output) == f"Error: training in {job.folder} failed, {job.folder}/train.log tells how: {reason}"
+    assert 1 <= job.log().count("alphaadam failed: ") <= 2, "once a rank"
+    assert not (tmp_path / "run" / "adamw").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("sharding", SHARDINGS, ids=" ".join)
+def test_a_full_disk_is_named_last_with_the_file(text: Path, tmp_path: Path, sharding: list[str]):
+    """A real one of 24 MB, on which the second checkpoint finds no room, and the log neither."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        job = Job(disk / "run", text, *sharding, "--gpus", "2", "--no-compare")
+        job.cache = tmp_path / "cache"
+        code, output = job.finish()
+        assert code == 1
+        half = job.folder / "checkpoint-4"
+        said = (
+            rf"{half} could not be written: {half}/\S+: no space left on device: make room there\. Earlier checkpoints"
+        )
+        assert re.search(said, last_line(output)), output
+        assert checkpoints.step_of(checkpoints.last_complete(job.folder)) == 2
+    finally:
+        subprocess.run(["umount", disk], check=True)

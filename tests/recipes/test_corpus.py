@@ -69,3 +69,26 @@ def test_too_little_text_says_what_to_give(tmp_path: Path):
     (tmp_path / "only.txt").write_text("one document")
     with pytest.raises(ValueError, match=r"fewer than two documents.*give a folder or a longer file"):
         load_corpus(str(tmp_path))
+
+
+WRONG_ROWS = {
+    "empty": (b"", "is not JSON lines"),
+    "blank": (b"\n\n", "is not JSON lines"),
+    "cut short": (b'{"text": "a"}\n{"text": "b', "is not JSON lines"),
+    "numbers": (b"1\n2\n", "is not JSON lines"),
+    "binary": (bytes(range(1, 128)) * 4, "is not JSON lines"),
+    "not UTF-8": (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8: save the file as UTF-8"),
+    "one row": (b'{"text": "a"}\n', "has fewer than two documents"),
+    "no text": (b'{"id": 1}\n' * 3, "has no column of text"),
+    "a row without text": (b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n', "row 2: its text is None"),
+    "a row of other columns": (b'{"text": "a"}\n{"other": "b"}\n{"text": "c"}\n', "row 2: its text is None"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ROWS)
+def test_a_file_of_another_shape_is_named(tmp_path: Path, wrong: str):
+    held, message = WRONG_ROWS[wrong]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(held)
+    with pytest.raises(ValueError, match=rf"--data {path}\b.*{message}"):
+        load_corpus(str(path))

@@ -15,7 +15,7 @@ import pytest
 
 from alphaadam_dist import AlphaAdam, plan
 from alphaadam_dist.configs import config_path
-from alphaadam_dist.training.ds_config import ds_config_path, load_ds_config
+from alphaadam_dist.training.ds_config import ds_config_path, load_ds_config, read_ds_config
 from alphaadam_dist.training.job import leave
 
 FOLDER = config_path("ds_configs/zero2.json").parent
@@ -152,6 +152,24 @@ def test_adamw_differs_in_nothing_but_the_optimizer():
 @pytest.mark.parametrize("name", [name for name in FILES if "plain" in name or "llama" in name])
 def test_where_a_script_reads_the_file_itself_nothing_is_left_to_hf(name: str):
     assert "auto" not in (FOLDER / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ('{"optimizer": ', "is cut short or no JSON"),
+        ("[1, 2]", "holds a JSON list where an object belongs"),
+        ('{"optimizer": "AlphaAdam"}', "has the optimizer 'AlphaAdam': write it as"),
+        ('{"optimizer": {"type": "AlphaAdam", "params": [1]}}', "has the optimizer .*: write it as"),
+        ('{"optimizer": {"params": {}}}', "has the optimizer None: name AlphaAdam or AdamW there"),
+        ('{"optimizer": {"type": ["AdamW"]}}', "has the optimizer .*: name AlphaAdam or AdamW there"),
+    ],
+)
+def test_a_file_of_another_shape_is_named(tmp_path: Path, held: str, message: str):
+    path = tmp_path / "config.json"
+    path.write_text(held)
+    with pytest.raises(ValueError, match=f"{path} {message}"):
+        read_ds_config(path, "AlphaAdam")
 
 
 @pytest.mark.slow

@@ -78,6 +78,10 @@ def test_scores_may_be_any_number_up_to_five(tmp_path: Path):
         ("a.tsv", "sentence\tlabel\nfine\t1\nbad\tawful\n", "row 2: the label is 'awful'"),
         ("a.tsv", "sentence\tlabel\nfine\t0.5\n", "row 1: the label is '0.5'"),
         ("a.tsv", "text\tlabel\nfine\t1\n", "has the columns text, label: --task sst2 needs sentence, label"),
+        ("a.tsv", "sentence\tlabel\n0\tfine\t1\n", "a.tsv has rows with more columns than its header"),
+        ("a.csv", "sentence,label\n0,fine,1\n0,bad,0\n", "a.csv has rows with more columns than its header"),
+        ("a.tsv", "sentence\tlabel\n", "a.tsv has no rows"),
+        ("a.tsv", "", "a.tsv cannot be read"),
         ("a.txt", "fine 1\n", "a.txt is not a CSV or TSV file"),
     ],
 )

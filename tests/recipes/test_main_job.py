@@ -52,6 +52,7 @@ def test_a_killed_job_resumes_as_if_nothing_had_happened(text: Path, cache: Path
     assert lost.returncode == 1, lost.stderr
     assert "all-reduce of the counts of this process's step 2 failed on rank 0 of ranks 0, 1" in lost.stderr
     assert "not heard from: rank 1, which died" in lost.stderr
+    assert lost.stderr.strip().count("\n") == 0, "one line, and no traceback"
     resumed = subprocess.run(
         _command(text, out, "--no-compare", "--resume"), capture_output=True, text=True, timeout=900
     )

@@ -47,3 +47,22 @@ def test_read_last_reads_only_the_end(log: Path):
 
 def test_there_is_no_log_before_the_first_entry(tmp_path: Path):
     assert metrics.read(tmp_path / "none") == metrics.read_last(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[1]", b"5", b'{"loss": 1}', b'{"step": "3"}', b"\xff", b"\0\0\0", b"[" * 3000]
+)
+def test_a_line_that_is_no_entry_is_named_and_the_log_stays(log: Path, line: bytes):
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([*lines[:-1], line, lines[-1], b""]))
+    before = log.read_bytes()
+    for read in (metrics.read, metrics.read_last, lambda path: metrics.truncate(path, 1)):
+        with pytest.raises(ValueError, match=f"{log} has a line that is no log entry, .*: remove the line"):
+            read(log)
+    assert log.read_bytes() == before
+
+
+def test_a_full_disk_is_named(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'metrics.jsonl'}'"):
+        metrics.append(tmp_path / "metrics.jsonl", {"step": 1})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,8 @@ def test_where_nothing_fits_the_exit_code_says_so():
         (["--per-node", "0"], ["--per-node", "0", "1 or more"]),
         (["--memory", "-1"], ["--memory", "-1", "GiB of one GPU"]),
         (["--memory", "nan"], ["--memory", "nan", "GiB of one GPU"]),
+        (["--memory", "inf"], ["--memory", "inf", "GiB of one GPU"]),
+        (["--gpus", "8000000000"], ["--gpus", "8000000000", "1,000,000 or less"]),
         (["--headroom", "1"], ["--headroom", "1", "below 1"]),
         (["--gpu", "8"], ["--gpu", "--gpus"]),
     ],
@@ -156,6 +160,29 @@ def test_an_unknown_model_gets_a_suggestion(monkeypatch: pytest.MonkeyPatch):
     result = run("llama7b")
     assert result.exit_code == 1
     assert "MODEL is llama7b: did you mean llama-7b?" in result.output
+
+
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        json.dumps(CONFIG)[:-9],
+        "[1, 2]",
+        "5",
+        json.dumps(CONFIG | {"hidden_size": "eight"}),
+        json.dumps(CONFIG | {"num_attention_heads": 0}),
+        json.dumps(CONFIG | {"vocab_size": -1}),
+        json.dumps(CONFIG | {"model_type": ["llama"]}),
+    ],
+)
+def test_a_config_of_another_shape_is_named(tmp_path: Path, held: str):
+    (tmp_path / "config.json").write_text(held)
+    result = run(str(tmp_path))
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert re.search(rf"^Error: MODEL is {tmp_path}: .*config", result.output, re.MULTILINE), result.output
 
 
 def test_help_shows_an_example():

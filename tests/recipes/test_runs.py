@@ -1,13 +1,15 @@
 """Settings and run folders: mistakes are named, and no run is overwritten or mixed with another."""
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alphaadam_dist.training.runs import open_run
-from alphaadam_dist.training.settings import Settings
+from alphaadam_dist.training.runs import open_half, open_run
+from alphaadam_dist.training.settings import FILE_NAME, Settings
 
 SETTINGS = Settings(
     model="tiny-llama",
@@ -37,6 +39,13 @@ SETTINGS = Settings(
         ({"block": 1}, "--block is 1: .* 2 tokens or more"),
         ({"lr": -1.0}, "--lr is -1.0: it must be above 0"),
         ({"lr": float("nan")}, "--lr is nan: it must be above 0"),
+        ({"lr": float("inf")}, "--lr is inf: it must be above 0 and finite"),
+        ({"steps": 10**12}, "--steps is 1000000000000: it must be 1,000,000,000 or less"),
+        ({"batch": 10**9}, "--batch is 1000000000: it must be 10,000,000 or less"),
+        ({"block": 10**9}, "--block is 1000000000: it must be 10,000,000 or less"),
+        ({"gpus": 10**9}, "--gpus is 1000000000: it must be 10,000,000 or less"),
+        ({"seed": -1}, "--seed is -1: it must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "--seed is 4294967296: it must be from 0 to 4294967295"),
         ({"model": "./nowhere"}, "--model is ./nowhere: there is no such file or folder"),
         ({"data": "nowhere/"}, "--data is nowhere/: there is no such file or folder"),
     ],
@@ -85,6 +94,143 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path):
     ):
         pass
     assert Settings.load(tmp_path) == SETTINGS
+
+
+SAVED = json.dumps(asdict(SETTINGS))
+WRONG_SETTINGS = {
+    "cut short": (SAVED[:-9], "is cut short or no JSON"),
+    "empty": ("", "is cut short or no JSON"),
+    "not UTF-8": (b"\xff\xfe\x00", "is cut short or no JSON"),
+    "nested without end": ("[" * 10**5, "is cut short or no JSON"),
+    "a list": ("[1, 2]", "holds a JSON list where an object belongs"),
+    "null": ("null", "holds a JSON NoneType where an object belongs"),
+    "of an older version": (
+        SAVED.replace('"seed": 0', '"sharding": 2'),
+        "is of another version .* it lacks seed and has",
+    ),
+    "of another kind": (SAVED.replace('"steps": 10', '"steps": "ten"'), "has steps='ten', which is of another kind"),
+    "true for a number": (SAVED.replace('"steps": 10', '"steps": true'), "has steps=True, which is of another kind"),
+    "a wrong value": (SAVED.replace('"steps": 10', '"steps": -1'), "--steps is -1"),
+    "inputs of another shape": (SAVED[:-1] + ', "inputs": 5}', "has inputs=5 where an object belongs"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SETTINGS)
+def test_a_settings_file_that_is_not_ours_is_named_with_what_to_do(tmp_path: Path, wrong: str):
+    held, message = WRONG_SETTINGS[wrong]
+    path = tmp_path / FILE_NAME
+    path.write_bytes(held if isinstance(held, bytes) else held.encode())
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match=message) as error, open_run(tmp_path, True, SETTINGS):
+        pass
+    if wrong != "a wrong value":
+        assert str(path) in str(error.value)
+        assert "start afresh with another --out" in str(error.value)
+    assert path.read_bytes() == whole
+
+
+def test_settings_of_the_version_before_are_gone_on_with(tmp_path: Path):
+    (tmp_path / FILE_NAME).write_text(SAVED)
+    with open_run(tmp_path, True, SETTINGS) as run:
+        assert Settings.load(run) == SETTINGS
+
+
+def edit(folder: Path) -> None:
+    (folder / "a.txt").write_text("other words")
+
+
+def add(folder: Path) -> None:
+    (folder / "c.txt").write_text("more words")
+
+
+def remove(folder: Path) -> None:
+    (folder / "b.txt").unlink()
+
+
+def rename(folder: Path) -> None:
+    (folder / "b.txt").rename(folder / "d.txt")  # a document's name says whether it is held out
+
+
+@pytest.mark.parametrize("change", [edit, add, remove, rename])
+def test_data_that_changed_since_the_run_was_started_is_refused(tmp_path: Path, change: Callable[[Path], None]):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("some words")
+    (text / "b.txt").write_text("and some others")
+    (text / "cached.pyc").write_bytes(b"\0\1")
+    settings = replace(SETTINGS, data=str(text))
+    with open_run(tmp_path / "run", False, settings):
+        pass
+    (text / "cached.pyc").write_bytes(b"\0\2")  # not text: nothing is trained on it
+    (text / ".hidden").write_text("not read either")
+    (text / "a.txt").write_text("some words")  # a later time of writing is no change
+    with open_run(tmp_path / "run", True, settings):
+        pass
+    change(text)
+    with (
+        pytest.raises(ValueError, match=rf"--data {text} has changed since the run in {tmp_path / 'run'} was started"),
+        open_run(tmp_path / "run", True, settings),
+    ):
+        pass
+
+
+def test_a_changed_file_of_data_or_model_is_refused(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    settings = replace(SETTINGS, data=str(tmp_path / "text.txt"), model=str(tmp_path / "model"))
+    with open_run(tmp_path / "run", False, settings):
+        pass
+    for path, option in ((tmp_path / "model" / "config.json", "model"), (tmp_path / "text.txt", "data")):
+        held = path.read_text()
+        path.write_text(f"{held} ")
+        with pytest.raises(ValueError, match=f"--{option} .* has changed"), open_run(tmp_path / "run", True, settings):
+            pass
+        path.write_text(held)
+    with open_run(tmp_path / "run", True, settings):
+        pass
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path, resume: bool):
+    (tmp_path / "file").write_text("mine")
+    for out, why in (
+        ("file", "(file exists|not a directory)"),
+        ("file/run", "not a directory"),
+        ("n" * 300, "file name too long"),
+    ):
+        for start in (open_run(tmp_path / out, resume, SETTINGS), open_half(tmp_path / out, "adamw", resume, SETTINGS)):
+            with pytest.raises(ValueError, match=rf"^--out {tmp_path / out} cannot be used, \S+: {why}: \w+"), start:
+                pass
+    assert tree(tmp_path) == {"file": b"mine"}
+
+
+def test_a_folder_of_somebody_elses_is_not_taken_for_a_run(tmp_path: Path):
+    mine = {"settings.json": '{"theme": "dark"}', "losses.png": "a picture", "adamw/notes.txt": "notes"}
+    for name, held in mine.items():
+        folder = tmp_path / name.partition(".")[0].replace("/", "-")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(held)
+        before = tree(folder)
+        for start in (open_run(folder, True, SETTINGS), open_half(folder, "adamw", True, SETTINGS)):
+            with pytest.raises(ValueError, match=r"start afresh with another --out|choose another --out"), start:
+                pass
+        assert tree(folder) == before
+
+
+def test_a_half_after_one_that_failed_at_once_may_have_other_settings(tmp_path: Path):
+    with open_half(tmp_path, "alphaadam", False, SETTINGS):
+        pass
+    with open_half(tmp_path, "alphaadam", False, replace(SETTINGS, lr=2e-3)) as folder:
+        assert Settings.load(tmp_path).lr == 2e-3
+        (folder / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"--lr is 0.003, .* started with 0.002"):  # noqa: SIM117
+        with open_half(tmp_path, "adamw", False, replace(SETTINGS, lr=3e-3)):
+            pass
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path: Path):
