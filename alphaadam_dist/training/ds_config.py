@@ -1,5 +1,8 @@
 """The DeepSpeed config of a run: a file, of `ds_configs/` or the user's own, with the optimizer the run asks for."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,27 @@ def ds_config_path(zero: int, offload: bool) -> Path:
 def load_ds_config(zero: int, offload: bool, optimizer: str) -> dict[str, Any]:
     """The file of `ds_configs/` for this stage as a dictionary, for AlphaAdam or AdamW."""
     return read_ds_config(ds_config_path(zero, offload), optimizer)
+
+
+@contextmanager
+def naming_config(path: Path | None) -> Iterator[None]:
+    """Name the file in what DeepSpeed and Transformers find wrong with a config, as a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        places = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+        if path is None or isinstance(error, OSError) or not any(map(_reads_configs, places)):
+            raise
+        raise ValueError(f"--deepspeed {path}: {error} ({type(error).__name__})") from error
+
+
+def _reads_configs(place: tuple[str, ...]) -> bool:
+    """Whether a source file, by the parts of its path, is one of those that read DeepSpeed's configs."""
+    of_deepspeed = "deepspeed" in place[-4:-1] and "config" in place[-1] and "runtime" in place[-4:-1]
+    return of_deepspeed or place[-3:] in (
+        ("transformers", "integrations", "deepspeed.py"),
+        ("accelerate", "utils", "deepspeed.py"),
+    )
 
 
 def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:

@@ -62,10 +62,6 @@ def leave(code: int = 0) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        if "deepspeed" in sys.modules:
-            from alphaadam_dist.zero.leftovers import free_shared_memory
-
-            free_shared_memory()
         dist.destroy_process_group()
         end(code)
 

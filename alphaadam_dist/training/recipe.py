@@ -141,32 +141,33 @@ class Training:
         import datasets
         import transformers
 
-        from alphaadam_dist.training.ds_config import read_ds_config
+        from alphaadam_dist.training.ds_config import naming_config, read_ds_config
         from alphaadam_dist.training.trainer import training_arguments
 
         if not (self.first and self.console.is_terminal):
             datasets.disable_progress_bars()
             transformers.utils.logging.disable_progress_bar()
         recipe = self.recipe
-        return training_arguments(
-            self.folder,
-            ds_config=read_ds_config(recipe.deepspeed, self.optimizer) if recipe.deepspeed else None,
-            shard_fsdp=recipe.fsdp,
-            bf16=recipe.bf16,
-            per_device_train_batch_size=recipe.batch,
-            per_device_eval_batch_size=recipe.batch,
-            gradient_accumulation_steps=recipe.accumulate,
-            activation_checkpointing=recipe.gradient_checkpointing,
-            learning_rate=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            seed=recipe.seed,
-            save_steps=recipe.save_every,
-            eval_on_start=True,
-            # The rows have what the model takes and nothing else, and every parameter gets a gradient.
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
-            **options,
-        )
+        with naming_config(recipe.deepspeed):
+            return training_arguments(
+                self.folder,
+                ds_config=read_ds_config(recipe.deepspeed, self.optimizer) if recipe.deepspeed else None,
+                shard_fsdp=recipe.fsdp,
+                bf16=recipe.bf16,
+                per_device_train_batch_size=recipe.batch,
+                per_device_eval_batch_size=recipe.batch,
+                gradient_accumulation_steps=recipe.accumulate,
+                activation_checkpointing=recipe.gradient_checkpointing,
+                learning_rate=recipe.lr,
+                weight_decay=recipe.weight_decay,
+                seed=recipe.seed,
+                save_steps=recipe.save_every,
+                eval_on_start=True,
+                # The rows have what the model takes and nothing else, and every parameter gets a gradient.
+                remove_unused_columns=False,
+                ddp_find_unused_parameters=False,
+                **options,
+            )
 
     def schedule(self, arguments: "TrainingArguments", rows: int, warmup: float, evaluations: int) -> None:
         """Set the number of steps for this many rows of training data, and what follows from it.
@@ -193,10 +194,13 @@ class Training:
         Raises Stopped where any rank was asked to stop: that step is saved.
         """
         from alphaadam_dist.training.callbacks import SaveAndStop
+        from alphaadam_dist.training.ds_config import naming_config
         from alphaadam_dist.training.trainer import fit
 
         callbacks = [SaveAndStop(self.asked_to_stop), *callbacks]
-        if not fit(self.optimizer, *what, console=self.console, callbacks=callbacks, **options):
+        with naming_config(self.recipe.deepspeed):
+            finished = fit(self.optimizer, *what, console=self.console, callbacks=callbacks, **options)
+        if not finished:
             raise Stopped(saved=True)
         if self.first:
             (self.folder / _FINISHED).touch()

@@ -62,10 +62,10 @@ def _watch(pids: list[int], asked_to_stop: threading.Event, seconds: float) -> N
 
 def end(code: int) -> NoReturn:
     """End this process at once, whatever its threads do, and take along what DeepSpeed would leave in /dev/shm."""
-    internals = sys.modules.get("alphaadam_dist.zero.internals")
-    free = getattr(internals, "free_shared_memory", None)  # another thread may be importing it
-    if free is not None:
-        free()
+    if "deepspeed" in sys.modules:
+        from alphaadam_dist.zero.leftovers import free_shared_memory
+
+        free_shared_memory()
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -212,6 +212,31 @@ def test_glue_learns_a_local_task(ranks2: Ranks, cache: Path, tmp_path: Path):
         assert _logged(tmp_path / "run" / "alphaadam", measure)[0][1] == pytest.approx(math.log(2), abs=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": 9}, "Input should be 0, 1, 2, 3"),
+        ({"stage": 2, "offload_optimiser": {}}, "Extra inputs are not permitted"),
+        ([2], "'list' object has no attribute 'get'"),
+    ],
+)
+def test_a_config_that_deepspeed_does_not_take_is_named(
+    ranks2: Ranks, cache: Path, tmp_path: Path, zero: Any, said: str
+):
+    config = tmp_path / "config.json"
+    micro = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    config.write_text(json.dumps({**micro, "zero_optimization": zero}))
+    shape = ["--layers", "1", "--hidden", "16", "--heads", "1", "--block", "32", "--vocabulary", "300"]
+    arguments = [*shape, *SMALL, "--data", str(ROOT / "alphaadam_dist" / "verify"), "--out", str(tmp_path / "run")]
+    answers = ranks2.run(start, "pretrain_gpt2", [*arguments, "--deepspeed", str(config)], str(cache))
+    for code, output in answers:
+        assert code == 1
+        last = output.strip().splitlines()[-1]
+        assert last.startswith(f"Error: --deepspeed {config}: ")
+        assert said in last
+
+
 def _refused(recipe: str, *arguments: str) -> str:
     app = importlib.import_module(f"launch.{recipe}").app
     result = CliRunner().invoke(app, arguments, env={**PLAIN, **ALONE})

@@ -202,6 +202,7 @@ def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path, resume: bool):
         ("file", "(file exists|not a directory)"),
         ("file/run", "not a directory"),
         ("n" * 300, "file name too long"),
+        ("/sys/alphaadam", "(operation not permitted|permission denied|read-only file system)"),
     ):
         for start in (open_run(tmp_path / out, resume, SETTINGS), open_half(tmp_path / out, "adamw", resume, SETTINGS)):
             with pytest.raises(ValueError, match=rf"^--out {tmp_path / out} cannot be used, \S+: {why}: \w+"), start:
