@@ -99,8 +99,7 @@ class Persistent(Optimizer):
         kind = type(self).__name__
         here = len(self.param_groups)
         saved_state.check_kind(state_dict)
-        saved_state.check_fixed(kind, state_dict, self.fixed)
-        saved_state.check_names(kind, state_dict, self.moments)
+        saved_state.check_names(kind, state_dict, self.moments, self.fixed)
         saved_state.check_groups(kind, state_dict, here, self.defaults, self.hyperparameters, self._check_group)
 
     def _check_saved_parameters(self, state_dict: Mapping[str, Any]) -> None:

@@ -79,11 +79,7 @@ def check_groups(
 
 def _check_statistics(groups: Sequence[Mapping[str, Any]]) -> None:
     """All groups have the same alphaadam_state, or none has one, as those that AdamW wrote."""
-    held = {
-        i: statistics(group["alphaadam_state"], group.get("alpha_max", math.inf))
-        for i, group in enumerate(groups)
-        if "alphaadam_state" in group
-    }
+    held = {i: statistics(group["alphaadam_state"]) for i, group in enumerate(groups) if "alphaadam_state" in group}
     for i in range(len(groups)):
         if held and held.get(i) != next(iter(held.values())):
             first = next(iter(held))
@@ -94,24 +90,24 @@ def _check_statistics(groups: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def statistics(value: Any, alpha_max: Any = math.inf) -> list[float]:
-    """[T, alpha, A, C] as Python's floats. Raises ValueError where it cannot come from any run with ``alpha_max``."""
-    bound = options.plain("alpha_max", alpha_max)
+def statistics(value: Any) -> list[float]:
+    """[T, alpha, A, C] as Python's floats. Raises ValueError where it cannot come from any run.
+
+    A run that went on with a smaller alpha_max has the alpha of before until its next step.
+    """
     try:
         if isinstance(value, (str, Mapping)):
             raise TypeError
         applied, alpha, agree, conflict = held = [_real(number) for number in value]
         counts = (applied, agree, conflict)
-        # a tool may have kept it in float32
-        possible = all(n >= 0 and n.is_integer() for n in counts) and 1 <= alpha <= bound * (1 + 1e-6)
-        possible = possible and alpha < math.inf
+        possible = all(n >= 0 and n.is_integer() for n in counts) and 1 <= alpha < math.inf
     except (TypeError, ValueError):
         possible = False
     if not possible:
         raise ValueError(
             f"alphaadam_state={value!r} is no [T, alpha, A, C] of a run: give T, A and C as whole numbers of 0 or more "
-            f"and alpha between 1 and alpha_max={bound}, as state_dict() wrote them, or remove it from all groups to "
-            "start the statistics anew"
+            "and alpha as 1 or more, as state_dict() wrote them, or remove it from all groups to start the statistics "
+            "anew"
         )
     return held
 
@@ -123,8 +119,11 @@ def _real(value: Any) -> float:
     return float(number)
 
 
-def check_fixed(kind: str, state_dict: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Raise ValueError where a group was stepped with what ``kind`` has one value of, and another value."""
+def check_names(kind: str, state_dict: Mapping[str, Any], moments: Sequence[str], fixed: Mapping[str, Any]) -> None:
+    """Raise ValueError where the groups or the state of some parameter are those of another optimizer.
+
+    In a universal checkpoint of DeepSpeed the state is elsewhere, and there is nothing of it to check.
+    """
     for group in state_dict["param_groups"]:
         for name, value in fixed.items():
             if group.get(name, value) != value:
@@ -132,13 +131,6 @@ def check_fixed(kind: str, state_dict: Mapping[str, Any], fixed: Mapping[str, An
                     f"the checkpoint has {name}={group[name]!r}, which {kind} does not have: load it into the "
                     "optimizer that wrote it"
                 )
-
-
-def check_names(kind: str, state_dict: Mapping[str, Any], moments: Sequence[str]) -> None:
-    """Raise ValueError where the state of some parameter is that of another optimizer.
-
-    In a universal checkpoint of DeepSpeed the state is elsewhere, and there is nothing of it to check.
-    """
     ids = {index for group in state_dict["param_groups"] for index in _ids(group)}
     for index, state in state_dict.get("state", {}).items():
         if index not in ids:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from tests.ranks import RankError, Ranks
 
@@ -83,10 +82,10 @@ def run(tried: Program) -> None:
     for i in range(len(phases[0][0])):
         now = [[of_unit[i] for of_unit in island] for island in phases]
         if all(phase.regime == "alone" for phase in now[0]):
-            held = [_on_rank(units, now, wholes)]
+            held = [_on_rank(units, now, wholes, 0)]
         else:
-            held = threads.run(now[0][0].world, _on_rank, units, now, wholes)
-        size = len(held) // tried.islands
+            held = threads.run(now[0][0].world, _on_rank, units, now, wholes, tried.idle)
+        size = (len(held) - tried.idle) // tried.islands
         for island, of_island in enumerate(units):
             of_units = zip(*held[island * size : (island + 1) * size], strict=True)
             wholes[island] = [_whole(unit, list(held)) for unit, held in zip(of_island, of_units, strict=True)]
@@ -119,10 +118,14 @@ def _phases(unit: Unit, trace: list[Expected], world: int) -> list[Phase]:
     return phases
 
 
-def _on_rank(units: list[tuple[Unit, ...]], phases: list[list[Phase]], wholes: list[list[Whole]]) -> list[Any]:
+def _on_rank(
+    units: list[tuple[Unit, ...]], phases: list[list[Phase]], wholes: list[list[Whole]], idle: int
+) -> list[Any]:
     """The units of this rank's island, an event of each in turn; what the rank then holds of each."""
-    on = sharded.ground(len(units))
-    i = dist.get_rank() // on.world if dist.is_initialized() else 0
+    on = sharded.ground(len(units), idle)
+    if on is None:
+        return []
+    i = on.island
     players = [
         Player(unit, on, phase, whole) for unit, phase, whole in zip(units[i], phases[i], wholes[i], strict=True)
     ]
@@ -145,7 +148,7 @@ def _compare_with_one_process(unit: Unit, trace: list[Expected], whole: Whole) -
     here = Event("reload", {"through": "itself", "file": False})  # as a move is, where there is nowhere to go
     stays = [replace(expected, event=here) if expected.event.what == "move" else expected for expected in trace]
     (phase,) = _phases(replace(unit, regime="alone"), stays, 1)
-    player = Player(unit, sharded.Ground(0, 1, None, None), phase, _start(unit))
+    player = Player(unit, sharded.Ground(0, 0, 1, None, None), phase, _start(unit))
     for expected in stays:
         player.play(expected)
     alone = _whole(unit, [player.held()])

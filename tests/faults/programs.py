@@ -29,7 +29,7 @@ WORLDS: dict[str, tuple[int, ...]] = {
 """The numbers of ranks that each way of sharding is played on."""
 NEEDS_GROUP = ("stages", "fsdp1-original", "fsdp1-flat", "fsdp1-hybrid")
 WHOLE_WORLD = ("alone", "hsdp", "tp-fsdp2", "fsdp1-hybrid")
-"""What is not played on an island."""
+"""What is not played on a part of the world."""
 
 DAMAGES = ("a group more", "another's state", "no lr", "a negative lr", "a short alphaadam_state", "T is NaN")
 """What a state can have that must not be loaded."""
@@ -97,16 +97,20 @@ class Unit:
 
 @dataclass(frozen=True)
 class Program:
-    """Units that are stepped in turn on ``world`` ranks, which are ``islands`` equal parts with models of their own."""
+    """Units that are stepped in turn on ``world`` ranks.
+
+    These are ``islands`` equal parts with models of their own, and ``idle`` ranks that do something else.
+    """
 
     seed: int
     world: int
     islands: int
+    idle: int
     units: tuple[Unit, ...]
 
     def __str__(self) -> str:
         units = "\n  beside it\n".join(str(unit) for unit in self.units)
-        return f"program {self.seed}: {self.world} ranks, {self.islands} islands\n{units}"
+        return f"program {self.seed}: {self.world} ranks, {self.islands} islands, {self.idle} idle\n{units}"
 
     def on_island(self, island: int) -> tuple[Unit, ...]:
         """The units with the values and gradients of an island."""
@@ -137,15 +141,16 @@ def simpler(program: Program) -> Iterator[Program]:
 
 def program(seed: int) -> Program:
     chance = random.Random(seed)
-    islands = chance.choice([1, 1, 1, 2])
-    possible = [r for r in WORLDS if islands == 1 or r not in WHOLE_WORLD]
+    islands, idle = chance.choice([(1, 0)] * 4 + [(2, 0), (2, 0), (1, 1)])
+    part = islands + idle > 1  # of the world
+    possible = [r for r in WORLDS if not (part and r in WHOLE_WORLD)]
     regime = chance.choice(possible)
-    ranks = chance.choice([n for n in WORLDS[regime] if n * islands <= 4])
+    ranks = chance.choice([n for n in WORLDS[regime] if n * islands + idle <= 4])
     regimes = regime, chance.choice([r for r in possible if ranks in WORLDS[r] and r != "alone"])
     count = chance.choice([1, 1, 1, 2])
-    moves = islands == count == 1 and chance.random() < 0.5
-    units = tuple(_unit(chance, r, islands > 1, moves) for r in regimes[:count])
-    return Program(seed, ranks * islands, islands, units)
+    moves = not part and count == 1 and chance.random() < 0.5
+    units = tuple(_unit(chance, r, part, moves) for r in regimes[:count])
+    return Program(seed, ranks * islands + idle, islands, idle, units)
 
 
 def zero_program(seed: int) -> Unit:
@@ -190,7 +195,7 @@ def _zero_events(chance: random.Random, unit: Unit) -> Iterator[Event]:
             yield Event("look", {"through": "itself"})
 
 
-def _unit(chance: random.Random, regime: str, island: bool, moves: bool) -> Unit:
+def _unit(chance: random.Random, regime: str, part: bool, moves: bool) -> Unit:
     free = not moves and regime in (*PLAIN, "dtensors")  # what FSDP has no shard of is possible
     kind = chance.choice(["AlphaAdam", "AlphaAdam", "AlphaLion", "AlphaSGD"])
     count = chance.randint(1, 5)
@@ -199,7 +204,7 @@ def _unit(chance: random.Random, regime: str, island: bool, moves: bool) -> Unit
     used = sorted(set(group_of))
     late = used[-1:] if len(used) > 1 and regime != "stages" and chance.random() < 0.3 else []
     dtype = chance.choice(["float64", "float64", "float32", "mixed"])
-    named = island or regime in NEEDS_GROUP or chance.random() < 0.7
+    named = part or regime in NEEDS_GROUP or chance.random() < 0.7
     unit = Unit(
         seed=chance.randrange(2**32),
         regime=regime,
@@ -213,7 +218,7 @@ def _unit(chance: random.Random, regime: str, island: bool, moves: bool) -> Unit
         fused=chance.choice([None, False, True]),
         verify_every=chance.choice([0, 0, 1, 2]),
         named=named,
-        with_group=island or regime in NEEDS_GROUP or (named and chance.random() < 0.3),
+        with_group=part or regime in NEEDS_GROUP or (named and chance.random() < 0.3),
         tensor_lr=chance.random() < 0.25,
         strided=free and regime not in ("by-hand", "dtensors") and chance.random() < 0.2,
         wrapper=chance.choice(["attributes", "copied"]),

@@ -24,20 +24,27 @@ from .programs import NEEDS_GROUP, Unit
 
 @dataclass
 class Ground:
-    """The ranks that a unit lives on: all, or an island of them."""
+    """The ranks that a unit lives on, all or an island of them, and this rank's place there."""
 
+    island: int
     rank: int
     world: int
     mesh: DeviceMesh | None
     group: dist.ProcessGroup | None
 
 
-def ground(islands: int) -> Ground:
+def ground(islands: int, idle: int) -> Ground | None:
+    """This rank's; None where it is idle."""
     if not dist.is_initialized():
-        return Ground(0, 1, None, None)
-    world = dist.get_world_size() // islands
-    over = init_device_mesh("cpu", (islands, world), mesh_dim_names=("island", "rank"))["rank"]
-    return Ground(dist.get_rank() % world, world, over, over.get_group() if islands > 1 else dist.group.WORLD)
+        return Ground(0, 0, 1, None, None)
+    rank, size = dist.get_rank(), (dist.get_world_size() - idle) // islands
+    if islands == 1 and not idle:
+        return Ground(0, rank, size, init_device_mesh("cpu", (size,)), dist.group.WORLD)
+    meshes = [DeviceMesh("cpu", list(range(i * size, (i + 1) * size))) for i in range(islands)]  # on every rank
+    if rank >= islands * size:
+        return None
+    over = meshes[rank // size]
+    return Ground(rank // size, rank % size, size, over, over.get_group())
 
 
 @dataclass

@@ -238,6 +238,17 @@ def test_another_option_in_the_checkpoint_warns_and_the_constructor_wins(
     assert same(second, beside)
 
 
+def test_a_run_goes_on_with_a_smaller_alpha_max_and_is_saved_before_its_next_step() -> None:
+    first, capped, again = new("global"), new("global", alpha_max=1.05), new("global", alpha_max=1.05)
+    for grads in STEPS[:4]:
+        step_with(first, grads)
+    assert first.metrics()["alpha"] > 1.05
+    with pytest.warns(UserWarning, match=r"alpha_max=4.0; going on with alpha_max=1.05"):
+        capped.load_state_dict(first.state_dict())
+    again.load_state_dict(capped.state_dict())
+    assert memory_of(again) == memory_of(first)
+
+
 def test_a_loaded_learning_rate_wins_as_in_every_torch_optimizer() -> None:
     first = new("global")
     second = AlphaAdam([{"params": g["params"]} for g in new("global").param_groups], lr=0.5, betas=(0.5, 0.5))
