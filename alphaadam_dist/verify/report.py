@@ -16,7 +16,8 @@ from .run import STEPS, Row
 CAPTION = (
     "deviation: L2 distance from one process's parameters, as a share of the way that they went. calls, bytes: "
     "collectives of a step beyond AdamW's. All rows are on the fast kernels, but for 'reference'. 'threshold' clips, "
-    "too. 'bf16' and 'offload' are a model in bf16, 'offload' with the step on the CPU."
+    "too. 'bf16' and 'offload' are a model in bf16, 'offload' with the step on the CPU. AdamW is torch's, one tensor at "
+    "a time."
 )
 NEVER = (
     "pipeline stages, experts, NVMe offload, fp16, parameters in 16 bits without fp32 masters, accumulated gradients, "
@@ -29,7 +30,7 @@ def show(console: Console, rows: Sequence[Row], device: torch.device, left_out: 
     """Print one line a row, then why rows failed and what was not tried."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
         show_edge=False,
         title=f"AlphaAdam after {STEPS} steps, {dist.get_world_size()} ranks on {device.type}, against one process",
