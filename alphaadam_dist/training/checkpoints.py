@@ -161,17 +161,20 @@ def naming_failed_saves(folder: Path) -> Iterator[None]:
         refused = _refused(error, half)
         if refused is None:
             raise RuntimeError(f"{folder / half.name} could not be written: {error}. {untouched}") from error
-        raise SaveFailed(f"{folder / half.name} could not be written: {sentence(refused)}. {untouched}") from error
+        raise SaveFailed(f"{folder / half.name} could not be written: {refused}. {untouched}") from error
 
 
-def _refused(error: BaseException | None, checkpoint: Path) -> OSError | None:
-    """What the system refused, if that is what was wrong: libraries tell it as an OSError, as its cause, or not."""
+def _refused(error: BaseException | None, checkpoint: Path) -> str | None:
+    """What the system refused, if that is what was wrong: libraries tell it as an OSError, as its cause, or not.
+
+    A sentence, because a frame that kept the error would keep the half-written file open.
+    """
     stopped = what_stops_writing(checkpoint)
     while error is not None:
         if isinstance(error, OSError):
-            return error if error.filename is not None or stopped is None else stopped
+            return sentence(error if error.filename is not None or stopped is None else stopped)
         error = error.__cause__ or error.__context__
-    return stopped
+    return None if stopped is None else sentence(stopped)
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -55,17 +55,17 @@ def is_of_communication(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
-def with_missing_ranks(error: Exception) -> Exception:
-    """The error itself; or, where ranks lost each other, one that says which. Then it waits some seconds for them."""
+def with_missing_ranks(error: Exception) -> Exception | None:
+    """Where ranks lost each other, an error that says which, after waiting some seconds for them. None elsewhere."""
     if dist.is_initialized() and is_of_communication(error):
         return lost.explained(error, "training", dist.group.WORLD)  # type: ignore[arg-type]
-    return error
+    return None
 
 
 def tell(error: Exception) -> None:
     """In a rank: the traceback for the log, and a line that `heard` understands."""
     traceback.print_exception(error)
-    reason = of(with_missing_ranks(error))
+    reason = of(with_missing_ranks(error) or error)
     line = json.dumps({"text": reason.text, "lost": reason.lost})
     # one write, shorter than a pipe's buffer: lines of several ranks do not mix
     sys.stderr.write(f"{_MARK}{line}\n")

@@ -156,7 +156,7 @@ def fit(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
         explained = with_missing_ranks(error)
-        if explained is error:
+        if explained is None:
             raise
         raise explained from error
     return trainer.state.global_step >= arguments.max_steps
