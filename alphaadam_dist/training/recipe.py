@@ -294,7 +294,7 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
 
 def _say_why(error: Exception) -> None:
     """The reason in one line; before it the traceback, where the line may not be enough."""
-    error = reasons.with_missing_ranks(error)
+    error = reasons.with_missing_ranks(error) or error
     if not reasons.is_explained(error):
         traceback.print_exception(error)
     reasons.print_error(reasons.of(error).text)

@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from alphaadam_dist.training import main_job, recipe
+from alphaadam_dist.training.launch import LaunchError
 from alphaadam_dist.zero import leftovers
 from tests.recipes.test_runs import SETTINGS
 
@@ -170,7 +171,8 @@ def test_the_main_job_clears_before_it_starts_the_ranks(
     console = Console(record=True, width=500)
     for zero, fsdp in ((2, False), (None, True)):
         lock.touch()
-        main_job.train_one(console, tmp_path, "alphaadam", replace(SETTINGS, zero=zero, fsdp=fsdp))
+        with pytest.raises(LaunchError, match="ended before step"):  # nobody has trained
+            main_job.train_one(console, tmp_path, "alphaadam", replace(SETTINGS, zero=zero, fsdp=fsdp))
     assert there == [False, True]  # FSDP needs none of DeepSpeed's operators
     assert f"Removed {lock}" in console.export_text()
 
