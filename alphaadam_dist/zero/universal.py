@@ -205,7 +205,7 @@ def _step(held: Any) -> Tensor:
     step = float(held)
     if not (step >= 0 and step.is_integer()):
         raise ValueError(f"step is {step}, which is no count")
-    return torch.tensor(step, dtype=torch.float32)
+    return torch.tensor(step, dtype=torch.float32, device="cpu")
 
 
 def _model_states(folder: Path, ranks: int) -> dict[Path, Any]:
