@@ -31,7 +31,7 @@ def closure() -> float:
     return float(loss)
 
 
-loss: float = optimizer.step(closure)
+optimizer.step(closure)
 optimizer.step()
 alpha: float | dict[str, float] = optimizer.alpha
 conflict: float = optimizer.agreement["conflict"]
@@ -44,7 +44,6 @@ WRONG = {
     'AlphaAdam(model.parameters(), gamma="half")': 'Argument "gamma" to "AlphaAdam" has incompatible type "str"',
     "AlphaLion(model.parameters(), eps=1e-8)": 'Unexpected keyword argument "eps"',
     "optimizer.alpha.upper()": 'has no attribute "upper"',
-    "number: int = optimizer.step(closure)": "Incompatible types in assignment",
 }
 
 
