@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,10 +44,13 @@ class Runner:
 
     def __init__(self, scale: Scale, file: Path, workers: int) -> None:
         self.scale, self.file = scale, file
+        lines: list[bytes] = []
         if file.exists():
             written = file.read_bytes()
-            file.write_bytes(written[: written.rfind(b"\n") + 1])  # without a line that a kill cut short
-        entries = [_from_entry(entry) for entry in metrics.read(file)]
+            whole = written[: written.rfind(b"\n") + 1]  # without a line that a kill cut short
+            file.write_bytes(whole)
+            lines = whole.splitlines()
+        entries = [_from_entry(json.loads(line)) for line in lines]
         self.done: dict[Job, Result] = {result.job: result for result in entries}
         self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_process)
 
