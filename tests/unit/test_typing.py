@@ -1,4 +1,4 @@
-"""The types that a user's program sees: mypy in strict mode takes a right one, and finds the mistakes of a wrong one."""
+"""The types that a user's program sees: strict mypy takes a right one, and finds the mistakes of a wrong one."""
 
 from __future__ import annotations
 
