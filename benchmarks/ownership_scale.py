@@ -121,7 +121,7 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
             torch.index_select(table, 1, rows.nonzero().squeeze(1), out=output.view(len(table), -1, 3))
 
         statistics = Statistics(gamma=0.0, alpha_max=4.0, alpha_warmup=0, scope=scope, sync="exact", clip_norm=None)
-        optimizer: Any = SimpleNamespace(_layout=None, state={}, _adopt=lambda: statistics)
+        optimizer: Any = SimpleNamespace(_run=SimpleNamespace(layout=None), state={}, _adopt=lambda: statistics)
         patches = mock.patch.multiple(dist, all_gather_single=gather, all_reduce=reduced)
         with patches, _peak_memory() as peak:
             start = time.process_time()
