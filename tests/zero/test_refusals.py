@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,14 @@ from alphaadam_dist.zero import internals, registration
 from tests.models import Given, tiny_llama
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_ranks_afterwards(ranks2: Ranks) -> Iterator[None]:
+    """DeepSpeed keeps a refused engine's autocast and tensor parallelism in the process, to be met by the next."""
+    yield
+    ranks2.restart()
+
 
 BF16_STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
@@ -108,6 +117,7 @@ def test_tensor_parallel_is_refused(ranks2: Ranks) -> None:
 def pipeline() -> None:
     import deepspeed
 
+    deepspeed.init_distributed("gloo")
     model = PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=2, loss_fn=nn.MSELoss())
     optimizer = AlphaAdam(model.parameters())
     deepspeed.initialize(model=model, optimizer=optimizer, config=engine.config(1))
