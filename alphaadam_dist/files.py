@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import zlib
 from collections.abc import Iterator
@@ -116,12 +117,16 @@ def visible(folder: Path) -> list[str]:
     return [name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts)]
 
 
-def what_stops_writing(folder: Path) -> OSError | None:
-    """What the system says now to a program that writes into the folder, for libraries that keep it to themselves.
+def what_stops_writing(folder: Path, said: str = "") -> OSError | None:
+    """What the system says to a program that writes into the folder, for libraries that keep it to themselves.
 
-    It names the file that was written last. None where a megabyte finds room.
+    It names the file that was written last. ``said`` is the library's own message: those in Rust end with the system's
+    number. None where that has none and a megabyte finds room now.
     """
     last, size = _written_last(folder)
+    number = re.search(r"\(os error (\d+)\)", said)
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(last))
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit != resource.RLIM_INFINITY and size >= limit:
         return OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(last))

@@ -169,7 +169,7 @@ def _refused(error: BaseException | None, checkpoint: Path) -> str | None:
 
     A sentence, because a frame that kept the error would keep the half-written file open.
     """
-    stopped = what_stops_writing(checkpoint)
+    stopped = what_stops_writing(checkpoint, str(error))
     while error is not None:
         if isinstance(error, OSError):
             return sentence(error if error.filename is not None or stopped is None else stopped)

@@ -51,7 +51,7 @@ def test_under_torchrun() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for names, settings in TRIED.items():
         for name, setting in itertools.product(names, settings):
-            lines = [line for line in done.stdout.splitlines() if re.match(rf"{name}  +{setting} ", line)]
+            lines = [line for line in done.stdout.splitlines() if re.match(rf"{name} +{setting} ", line)]
             assert len(lines) == 1, (name, setting, done.stdout)
             assert lines[0].split()[-1] == "same"
     assert "FAILED" not in done.stdout

@@ -74,3 +74,11 @@ def test_what_stops_writing_is_what_the_next_writer_meets(tmp_path: Path):
         refused = what_stops_writing(tmp_path)
     assert refused is not None
     assert (refused.errno, refused.filename) == (errno.EFBIG, str(tmp_path / "last"))
+
+
+def test_what_stopped_a_library_in_rust_stands_in_its_message(tmp_path: Path):
+    """A megabyte may find room again where a large file found none."""
+    (tmp_path / "model").write_text("half")
+    refused = what_stops_writing(tmp_path, "I/O error: No space left on device (os error 28)")
+    assert refused is not None
+    assert sentence(refused) == f"{tmp_path / 'model'}: no space left on device: make room there"
