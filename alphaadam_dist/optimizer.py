@@ -315,7 +315,7 @@ class AlphaOptimizer(Persistent):
             statistics.reduce_norm()
             scale = statistics.clip_coefficient()
         for slots, grads, momenta in parts:
-            counts, norms = self._kernels(grads[0]).count(
+            counts, norms = self._kernels(grads).count(
                 grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0
             )
             if norms is not None:
@@ -347,7 +347,7 @@ class AlphaOptimizer(Persistent):
         delayed = self.defaults["sync"] == "delayed"
         scale = self._directed(statistics.clip_coefficient())
         for group, part in held:
-            counts = self._kernels(part.params[0]).update(
+            counts = self._kernels(part.params).update(
                 self.direction,
                 part.params,
                 part.grads,
@@ -368,10 +368,12 @@ class AlphaOptimizer(Persistent):
             return scale
         return -1.0 if scale is None else -scale
 
-    def _kernels(self, tensor: Tensor) -> ModuleType:
-        """Those for the tensor's device."""
+    def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
+        """Those for the device of these tensors, of which there is one or more."""
         assert self._run.layout is not None
-        return kernels.choose(agreement.fused(self.defaults, self._run.layout), tensor.device, self._run.layout.numel)
+        return kernels.choose(
+            agreement.fused(self.defaults, self._run.layout), tensors[0].device, self._run.layout.numel
+        )
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state, created as torch's optimizers create it where there is none."""

@@ -167,7 +167,8 @@ def sgd_(
     """One update of SGD with momentum, the direction multiplied by ``f``. Mutates param and momentum_buffer.
 
     The operations and their order are those of torch.optim.SGD(foreach=False, fused=False, dampening=0), but for the
-    decay, which is decoupled (arXiv 1711.05101, algorithm 1): f = 1 without decay gives its bits.
+    decay, which is decoupled (arXiv 1711.05101, algorithm 1): f = 1 without decay gives its bits. For parameters in 16
+    bits on the CPU torch has two kinds of those, see :func:`add_scaled_`.
     """
     param.mul_(decay_of(lr, weight_decay))
     momentum_buffer.mul_(momentum).add_(grad)
