@@ -40,8 +40,11 @@ UNCHANGING: Mapping[str, tuple[Any, ...]] = {
     "_foreach": (None, False),
     "differentiable": (False,),
     "amsgrad": (False,),
+    "adam_w_mode": (True,),
+    "torch_adam": (True, False),
 }
-"""Options that torch's optimizers have and these don't, with the values that change nothing, as a copied config may."""
+"""Options of torch's and DeepSpeed's optimizers that these don't have, with the values that change nothing: a copied
+config may have them."""
 
 OTHER_NAMES: Mapping[str, str] = {
     "learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas",

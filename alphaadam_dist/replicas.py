@@ -87,7 +87,7 @@ def prove(layout: Layout, optimizer: AlphaOptimizer) -> None:
     elif grads and layout.shared:
         unrelated = _with_unrelated_gradients(layout, group, grads)
         if unrelated is not None:
-            report(layout, unrelated, fresh=False)  # local SGD is meant to do so
+            _warn(unrelated)  # local SGD is meant to do so
 
 
 def is_fresh(optimizer: AlphaOptimizer, group: dist.ProcessGroup, device: torch.device, *, first: bool) -> bool:
@@ -103,7 +103,11 @@ def report(layout: Layout, problem: str, *, fresh: bool) -> None:
         raise ValueError(problem)
     if not layout.drift_told:
         layout.drift_told = True
-        warnings.warn(f"{problem}. The run goes on; this is said once", stacklevel=2)
+        _warn(problem)
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(f"{problem}. The run goes on; this is said once", stacklevel=3)
 
 
 def not_copies(difference: Difference) -> str:

@@ -10,7 +10,6 @@ from alphaadam_dist.configs import config_path
 from alphaadam_dist.files import read_object
 
 _ADAMWS = ("lr", "betas", "eps", "weight_decay")
-_DEEPSPEEDS = ("torch_adam", "adam_w_mode")
 
 
 def ds_config_path(zero: int, offload: bool) -> Path:
@@ -66,14 +65,12 @@ def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
             f"{path} has the optimizer {named.get('type')}: name AlphaAdam or AdamW there, or leave the optimizer out"
         )
     params = named.get("params", {})
-    if optimizer == "AlphaAdam":
-        params = {name: value for name, value in params.items() if name not in _DEEPSPEEDS}
-    elif "no_decay" in params:
+    if optimizer != "AlphaAdam" and "no_decay" in params:
         raise ValueError(
             f"{path} has no_decay={params['no_decay']!r}, which only AlphaAdam knows, and AdamW would decay these too: "
             "leave the optimizer out of the config to compare the two, and both get the Trainer's groups"
         )
-    else:
+    if optimizer != "AlphaAdam":
         # torch_adam keeps AdamW the one of torch: DeepSpeed would put its own implementation in its place.
         params = {name: value for name, value in params.items() if name in _ADAMWS} | {"torch_adam": True}
     return {**config, "optimizer": {"type": optimizer, "params": params}}

@@ -77,6 +77,24 @@ def test_stages_of_equal_names_that_began_from_one_seed_are_told_apart_by_their_
     assert "The run goes on; this is said once" in message
 
 
+def stages_of_one_seed_later() -> None:
+    named, optimizer = stage(0, dist.get_rank())
+    optimizer.defaults["verify_every"] = 1
+    for group in optimizer.param_groups:
+        group["verify_every"] = 1
+    for _ in range(2):
+        optimizer.step()
+        give(named.items(), dist.get_rank())
+
+
+def test_a_first_warning_of_gradients_does_not_end_what_verify_every_says_of_values(said: dict[int, list[str]]) -> None:
+    threads.run(2, stages_of_one_seed_later)
+    assert said[0] == said[1]
+    of_gradients, of_values = said[0]
+    assert "unrelated gradients of parameter" in of_gradients
+    assert of_values.startswith("verify_every: ranks that should hold copies of one part hold different values of")
+
+
 def stages_of_unique_names() -> Any:
     rank = dist.get_rank()
     named, optimizer = stage(0, rank, f"stage{rank}.{{}}")

@@ -319,6 +319,7 @@ def test_what_a_scheduler_writes_is_the_number_too() -> None:
     [
         (AlphaAdam, {"foreach": None, "differentiable": False, "amsgrad": False, "decoupled_weight_decay": True}),
         (AlphaAdam, {"_foreach": False, "foreach": False, "amsgrad": np.False_}),
+        (AlphaAdam, {"torch_adam": True, "adam_w_mode": True}),
         (AlphaLion, {"amsgrad": False, "foreach": False}),
         (AlphaSGD, {"dampening": 0, "foreach": False}),
         (AlphaSGD, {"dampening": 0.0}),
@@ -341,6 +342,7 @@ def test_options_of_torch_that_change_nothing_are_let_through(kind: Any, options
         *[(AlphaAdam, "amsgrad", v) for v in (True, "false", None)],
         *[(AlphaAdam, "foreach", v) for v in (True, "auto")],
         (AlphaAdam, "differentiable", True),
+        (AlphaAdam, "adam_w_mode", False),
         (AlphaAdam, "decoupled_weight_decay", False),
         *[(AlphaSGD, "dampening", v) for v in (0.1, False, None)],
         (AlphaLion, "decoupled_weight_decay", True),  # of AdamW alone
