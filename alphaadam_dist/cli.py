@@ -246,7 +246,7 @@ def convert(
     console = Console()
     columns = (TextColumn("converting"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
     with _in_one_line("reading the checkpoint needs pip install 'alphaadam-dist[deepspeed]'"):
-        from alphaadam_dist.convert import convert as run
+        from alphaadam_dist.zero.convert import convert as run
 
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None)

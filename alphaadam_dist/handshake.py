@@ -1,4 +1,4 @@
-"""What the ranks of a model tell each other when a layout is built, beside the table of shards in ownership.py."""
+"""What the ranks of a model tell each other when a layout is built, beside the table of shards in layout.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import lost
+from . import rank_failures
 
 
 def first_to_say(value: Any, group: dist.ProcessGroup, device: torch.device, what: str) -> tuple[int, Any] | None:
@@ -16,7 +16,7 @@ def first_to_say(value: Any, group: dist.ProcessGroup, device: torch.device, wha
     ``what`` this part of the handshake asks is said where the collective fails.
     """
     here, nowhere = dist.get_rank(group), dist.get_world_size(group)
-    with lost.explaining(f"handshake ({what})", group):
+    with rank_failures.explaining(f"handshake ({what})", group):
         first = torch.tensor(nowhere if value is None else here, device=device)
         dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
         if int(first) == nowhere:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from . import lost
+from .rank_failures import people
 from .shards import Shard
 
 
@@ -39,7 +39,7 @@ def reduce_group(
     ranks = _of_meshes(param_groups)
     if 0 < len(ranks) < world:
         raise ValueError(
-            f"the meshes of this model's DTensors have {lost.people(sorted(ranks))} of a world of {world}, and "
+            f"the meshes of this model's DTensors have {people(sorted(ranks))} of a world of {world}, and "
             "process_group=None: it cannot be told which ranks are the model. Give the optimizer process_group=. If "
             "these ranks hold the whole model (others may hold another one, a copy of it or nothing): the group of "
             "these ranks, mesh.get_group() where the mesh has one dimension, else torch.distributed.new_group(). If "

@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from . import disagreement, kernels, model_ranks, one_model, options, replicas
-from .counts import INITIAL_STATE
+from . import consistency, kernels, model_ranks, one_model, options, replicas
 from .eager import eager
-from .gather import Gathered, Owned, by_device, gather, owned_pieces
-from .kernels import agreement
+from .kernels import consensus
 from .kernels.reference import squared_norms
-from .ownership import Layout, build_layout, statistics_device
+from .layout import Layout, build_layout, statistics_device
+from .local_tensors import Gathered, Owned, by_device, gather, owned_pieces
 from .persistence import Persistent, Run
 from .shards import Shard, clean_names, fsdp1
 from .shards.select import shards_of
+from .statistics import INITIAL_STATE
 from .tensors import check_kind, check_places, local
 
 
@@ -157,7 +157,7 @@ class AlphaOptimizer(Persistent):
         except Exception:
             self.param_groups.pop()
             raise
-        agreement.say(self.defaults, [param for group in self.param_groups for param in group["params"]])
+        consensus.say(self.defaults, [param for group in self.param_groups for param in group["params"]])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check all values of a parameter group, and make numbers of other libraries Python's own."""
@@ -278,7 +278,7 @@ class AlphaOptimizer(Persistent):
         statistics.open(layout)
         every = self.defaults["verify_every"]
         if every and (statistics.opened - 1) % every == 0:
-            disagreement.check(self, layout, statistics)
+            consistency.check(self, layout, statistics)
 
     def close_step(self) -> None:
         """A step of the whole model has been applied."""
@@ -372,7 +372,7 @@ class AlphaOptimizer(Persistent):
         """Those for the device of these tensors, of which there is one or more."""
         assert self._run.layout is not None
         return kernels.choose(
-            agreement.fused(self.defaults, self._run.layout), tensors[0].device, self._run.layout.numel
+            consensus.fused(self.defaults, self._run.layout), tensors[0].device, self._run.layout.numel
         )
 
     def _state(self, param: Tensor) -> dict[str, Any]:
@@ -412,7 +412,7 @@ class AlphaOptimizer(Persistent):
             names=[key for name, param in named for key in fsdp1.keys(param, name)],
         )
         layout.places = places
-        agreement.settle(layout, self.defaults)
+        consensus.settle(layout, self.defaults)
         replicas.prove(layout, self)
         return layout
 

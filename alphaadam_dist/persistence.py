@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from . import options, saved_state
-from .counts import INITIAL_STATE, Statistics
-from .ownership import Layout
+from .layout import Layout
 from .shards import fsdp1
+from .statistics import INITIAL_STATE, Statistics
 
 
 @dataclass

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import fingerprint, lost
+from . import fingerprint, rank_failures
 from .fingerprint import UNKNOWN
-from .gather import gradient
 from .handshake import first_to_say
-from .ownership import Layout, Part
+from .layout import Layout, Part
+from .local_tensors import gradient
 from .tensors import local
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Difference:
 
     def __str__(self) -> str:
         more = f" and {self.others} more" if self.others else ""
-        sides = ", another on ".join(lost.people(ranks) for ranks in self.holders[:3])
+        sides = ", another on ".join(rank_failures.people(ranks) for ranks in self.holders[:3])
         return f"parameter {self.key!r}{more} (one on {sides}; relative deviation {self.deviation:.1e})"
 
 
@@ -167,9 +167,9 @@ def _copies_taken_for_parts(
     if alike is None:
         return None
     return (
-        f"{lost.people(alike)} hold the very same elements of every parameter, but were told to hold different parts: "
-        "each would count. Under FSDP1 with ShardingStrategy.HYBRID_SHARD, and wherever groups of ranks hold the whole "
-        "model each, process_group= must be the group of one copy: model.process_group"
+        f"{rank_failures.people(alike)} hold the very same elements of every parameter, but were told to hold "
+        "different parts: each would count. Under FSDP1 with ShardingStrategy.HYBRID_SHARD, and wherever groups of "
+        "ranks hold the whole model each, process_group= must be the group of one copy: model.process_group"
     )
 
 
@@ -236,7 +236,7 @@ def _compare(
     worst = apart[int(off.argmax())]
     here = (mine[worst][0].shard.key, numbers[worst]) if numbers.get(worst, UNKNOWN) != UNKNOWN else None
     told: list[Any] = [None] * dist.get_world_size(group)
-    with lost.explaining(what, group):
+    with rank_failures.explaining(what, group):
         dist.all_gather_object(told, here, group=group)
     holders = defaultdict(list)
     for rank, entry in zip(dist.get_process_group_ranks(group), told, strict=True):
@@ -292,6 +292,6 @@ def _reduced(
 ) -> Tensor:
     """The all-reduced tensor, on the CPU."""
     tensor = tensor.to(device)
-    with lost.explaining(what, group):
+    with rank_failures.explaining(what, group):
         dist.all_reduce(tensor, op=operation, group=group)
     return tensor.cpu()

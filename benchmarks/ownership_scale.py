@@ -31,10 +31,10 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alphaadam_dist import replicas
-from alphaadam_dist.counts import Statistics
-from alphaadam_dist.kernels import agreement
-from alphaadam_dist.ownership import _hash, build_layout
+from alphaadam_dist.kernels import consensus
+from alphaadam_dist.layout import _hash, build_layout
 from alphaadam_dist.shards import dtensor
+from alphaadam_dist.statistics import Statistics
 
 MACHINE = "2 cores, x86-64 cloud VM, no GPU"
 RESULTS = Path(__file__).parent / "results"
@@ -128,7 +128,7 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
             layout = build_layout(
                 list(params.values()), held, [s.numel for (s,) in held], scope=scope, group=group, device=CPU
             )
-            agreement.settle(layout, {"fused": None, "capturable": False})
+            consensus.settle(layout, {"fused": None, "capturable": False})
             replicas.prove(layout, optimizer)
             seconds = time.process_time() - start
         statistics.open(layout)

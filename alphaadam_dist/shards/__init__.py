@@ -3,7 +3,7 @@
 A **shard** is a run of elements of one model parameter inside the flattened local storage of an optimizer parameter.
 A plain tensor or a DTensor holds one; a flat partition, as ZeRO and FSDP1 make them, holds many and may end in
 padding, which belongs to no shard. Two ranks hold the same elements of a model parameter exactly when ``key`` and
-``part`` are equal: that is all that ownership.py needs to count every element once.
+``part`` are equal: that is all that layout.py needs to count every element once.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
-from alphaadam_dist import lost
+from alphaadam_dist import rank_failures
 from alphaadam_dist.files import sentence
 
 _MARK = "alphaadam failed: "
@@ -42,12 +42,12 @@ def of(error: BaseException) -> Reason:
     text = " ".join(text.split())
     if len(text) > _LENGTH:
         text = f"{text[: _LENGTH // 2]} ... {text[-_LENGTH // 2 :]}"
-    return Reason(text, isinstance(error, lost.RankLost))
+    return Reason(text, isinstance(error, rank_failures.RankLost))
 
 
 def is_explained(error: BaseException) -> bool:
     """Whether its message is enough for a person, who needs no traceback."""
-    return isinstance(error, (ValueError, OSError, ImportError, lost.RankLost, Explained))
+    return isinstance(error, (ValueError, OSError, ImportError, rank_failures.RankLost, Explained))
 
 
 def is_of_communication(error: Exception) -> bool:
@@ -58,7 +58,7 @@ def is_of_communication(error: Exception) -> bool:
 def with_missing_ranks(error: Exception) -> Exception | None:
     """Where ranks lost each other, an error that says which, after waiting some seconds for them. None elsewhere."""
     if dist.is_initialized() and is_of_communication(error):
-        return lost.explained(error, "training", dist.group.WORLD)  # type: ignore[arg-type]
+        return rank_failures.explained(error, "training", dist.group.WORLD)  # type: ignore[arg-type]
     return None
 
 

@@ -33,7 +33,7 @@ from alphaadam_dist.training.settings import (
     check_seed,
 )
 from alphaadam_dist.training.tie import end, tie
-from alphaadam_dist.verify.launch import environment
+from alphaadam_dist.verify.rendezvous import environment
 from alphaadam_dist.zero import leftovers
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ def verify() -> int:
     import torch.distributed as dist
     from rich.console import Console
 
-    from . import launch, report, run
+    from . import rendezvous, report, run
 
     warnings.simplefilter("ignore")  # torch and DeepSpeed warn of their own use of each other, on every rank
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of how this gathers the parameters
-    device = launch.join()
+    device = rendezvous.join()
     rows = list(run.rows(device, run.starts(device)))
     left_out = run.left_out(device)
     if dist.get_rank() == 0:

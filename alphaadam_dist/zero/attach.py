@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import replicas
-from ..kernels import agreement
+from ..kernels import consensus
+from ..layout import Layout, build_layout, statistics_device
 from ..optimizer import AlphaOptimizer
-from ..ownership import Layout, build_layout, statistics_device
 from ..shards import Shard
 from . import internals, monitor, refusals, universal
 from .rank_files import RankFiles
@@ -67,7 +67,7 @@ def _use_layout(
         merge=True,
         names=internals.keys_of_all_ranks(engine),
     )
-    agreement.settle(layout, optimizer.defaults, engine.seq_data_parallel_group)
+    consensus.settle(layout, optimizer.defaults, engine.seq_data_parallel_group)
     replicas.prove(layout, optimizer)
     optimizer.use_layout(layout, driven=isinstance(wrapper, internals.InParts))
     return layout, shards, names

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .. import lost
+from .. import rank_failures
 from ..optimizer import AlphaOptimizer
 from ..shards import Shard
 from .unused import check_missed
@@ -59,7 +59,7 @@ class RankFiles:
             try:
                 dist.all_gather_object(told, (problem, state), group=self._group)
             except RuntimeError as error:
-                raise lost.explained(error, "comparison of a checkpoint's rank files", self._group) from error
+                raise rank_failures.explained(error, "comparison of a checkpoint's rank files", self._group) from error
             problem = problem or _disagreement(told)
         if problem is not None:
             raise ValueError(problem)
@@ -106,7 +106,7 @@ def _disagreement(told: Sequence[tuple[str | None, list[float] | None]]) -> str 
         holders.setdefault(repr(state), []).append(rank)
     if len(holders) == 1:
         return None
-    held = " but ".join(f"{state} on {lost.people(ranks)}" for state, ranks in holders.items())
+    held = " but ".join(f"{state} on {rank_failures.people(ranks)}" for state, ranks in holders.items())
     return (
         "the checkpoint's rank files are not of one run and one step: alphaadam_state [T, alpha, agreeing, "
         f"conflicting] is {held}. Put back the files that were saved together"

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..layout import Layout, Slot
 from ..optimizer import AlphaOptimizer
-from ..ownership import Layout, Slot
 from ..shards import Shard
 from .internals import AtOnce, InParts, Replicated
 

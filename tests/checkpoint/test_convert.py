@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.cli import app
-from alphaadam_dist.convert import convert
+from alphaadam_dist.zero.convert import convert
 from alphaadam_dist.zero.universal import read
 from tests.models import decay_groups, tiny_llama, token_batches
 from tests.ranks import Ranks

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from alphaadam_dist import counts, optimizer, ownership, replicas
+from alphaadam_dist import layout, optimizer, replicas, statistics
 from alphaadam_dist.shards import Shard, dtensor, fsdp1, select
 
 from .. import threads
@@ -19,11 +19,11 @@ from .test_given import alone, assert_equal
 
 
 def no_all_reduce(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(counts.Statistics, "_all_reduce", lambda *args, **kwargs: None)
+    patch.setattr(statistics.Statistics, "_all_reduce", lambda *args, **kwargs: None)
 
 
 def no_proof(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ownership, "_prove_coverage", lambda *args: None)
+    patch.setattr(layout, "_prove_coverage", lambda *args: None)
     patch.setattr(replicas, "prove", lambda *args: None)
 
 
@@ -39,7 +39,7 @@ def replicas_count_twice(patch: pytest.MonkeyPatch) -> None:
 
 def coordinate_zero_owns(patch: pytest.MonkeyPatch) -> None:
     """Own what lies at coordinate 0 of every replicated dimension of its own mesh; plain tensors on rank 0."""
-    build = ownership.build_layout
+    build = layout.build_layout
 
     def owns(param: Any) -> bool:
         if not isinstance(param, DTensor):
@@ -49,7 +49,7 @@ def coordinate_zero_owns(patch: pytest.MonkeyPatch) -> None:
             at == 0 for at, placement in zip(coordinate, param.placements, strict=True) if placement.is_replicate()
         )
 
-    def built(*args: Any, **kwargs: Any) -> ownership.Layout:
+    def built(*args: Any, **kwargs: Any) -> layout.Layout:
         layout = build(*args, **kwargs)
         for param, slots in layout.slots.items():
             layout.slots[param] = tuple(dataclasses.replace(slot, owned=owns(param)) for slot in slots)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
 from alphaadam_dist.cli import app
-from alphaadam_dist.counts import Statistics
+from alphaadam_dist.statistics import Statistics
 from alphaadam_dist.training import job, main_job
 from alphaadam_dist.training.launch import command
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from alphaadam_dist import AlphaAdam, lost
+from alphaadam_dist import AlphaAdam, rank_failures
 
 WORLD = 3
 LOST_AT = 3
@@ -48,7 +48,7 @@ HANDSHAKE: dict[str, dict[str, Any]] = {
 
 def rank(case: str, here: int, port: int, say: Connection) -> None:
     torch.set_num_threads(1)
-    lost.PATIENCE = 2.0
+    rank_failures.PATIENCE = 2.0
     address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=8)
     dist.init_process_group("gloo", init_method=address, rank=here, world_size=WORLD, timeout=timeout)
     try:
@@ -74,7 +74,7 @@ def in_a_step(case: str, here: int) -> None:
 
 def in_the_handshake(case: str, here: int) -> None:
     if here == 1:
-        lost.explaining = dying_in(case)  # type: ignore[assignment]
+        rank_failures.explaining = dying_in(case)  # type: ignore[assignment]
     param = nn.Parameter(torch.arange(5.0))
     param.grad = torch.ones(5)
     AlphaAdam([("weight", param)], process_group=dist.group.WORLD, **HANDSHAKE[case]).step()

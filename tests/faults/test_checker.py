@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from alphaadam_dist import AlphaAdam, AlphaLion, counts, gather, optimizer, ownership, rule
+from alphaadam_dist import AlphaAdam, AlphaLion, layout, local_tensors, optimizer, rule, statistics
 from alphaadam_dist.shards import Shard, dtensor
 
 from . import checker
@@ -21,17 +21,17 @@ Patch = pytest.MonkeyPatch
 
 
 def local_alpha(patch: Patch) -> None:
-    patch.setattr(counts.Statistics, "_all_reduce", lambda *args, **kwargs: None)
+    patch.setattr(statistics.Statistics, "_all_reduce", lambda *args, **kwargs: None)
 
 
 def clip_by_one_rank(patch: Patch) -> None:
-    add = counts.Statistics.add_norms
+    add = statistics.Statistics.add_norms
 
     def on_rank_zero(self: Any, *args: Any) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             add(self, *args)
 
-    patch.setattr(counts.Statistics, "add_norms", on_rank_zero)
+    patch.setattr(statistics.Statistics, "add_norms", on_rank_zero)
 
 
 def owned_twice(patch: Patch) -> None:
@@ -42,21 +42,21 @@ def owned_twice(patch: Patch) -> None:
         return [Shard(key, part, 0, param.to_local().numel(), param.numel())]
 
     patch.setattr(dtensor, "shards", every_coordinate)
-    patch.setattr(ownership, "_prove_coverage", lambda *args: None)
+    patch.setattr(layout, "_prove_coverage", lambda *args: None)
 
 
 def steps_counted_twice(patch: Patch) -> None:
-    opened = counts.Statistics.open
+    opened = statistics.Statistics.open
 
     def twice(self: Any, layout: Any) -> None:
         opened(self, layout)
         self._applied = self._applied + 1
 
-    patch.setattr(counts.Statistics, "open", twice)
+    patch.setattr(statistics.Statistics, "open", twice)
 
 
 def delayed_by_two_steps(patch: Patch) -> None:
-    opened = counts.Statistics.open
+    opened = statistics.Statistics.open
 
     def late(self: Any, layout: Any) -> None:
         older = self._memory.clone()  # before the last step's counts have arrived
@@ -64,7 +64,7 @@ def delayed_by_two_steps(patch: Patch) -> None:
         if self.sync == "delayed":
             self._alpha = self._alpha_of(older[2:])
 
-    patch.setattr(counts.Statistics, "open", late)
+    patch.setattr(statistics.Statistics, "open", late)
 
 
 def saved_without_steps(patch: Patch) -> None:
@@ -115,17 +115,17 @@ def lion_by_the_new_momentum(patch: Patch) -> None:
 
 
 def bias_corrected_by_the_next_step(patch: Patch) -> None:
-    steps = gather.Gathered.advance_steps
-    patch.setattr(gather.Gathered, "advance_steps", lambda *args: [t + 1 for t in steps(*args)])
+    steps = local_tensors.Gathered.advance_steps
+    patch.setattr(local_tensors.Gathered, "advance_steps", lambda *args: [t + 1 for t in steps(*args)])
 
 
 def none_is_zero(patch: Patch) -> None:
-    given = gather.gradient
+    given = local_tensors.gradient
 
     def zeros(param: Tensor) -> Tensor | None:
-        return given(param) if param.grad is not None else torch.zeros_like(gather.local(param))
+        return given(param) if param.grad is not None else torch.zeros_like(local_tensors.local(param))
 
-    patch.setattr(gather, "gradient", zeros)
+    patch.setattr(local_tensors, "gradient", zeros)
 
 
 FAULTS: dict[Callable[[Patch], None], Callable[[Unit], bool]] = {

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from alphaadam_dist import AlphaAdam, kernels
-from alphaadam_dist.kernels import agreement
+from alphaadam_dist.kernels import consensus
 from tests.models import Given, given_gradients
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
@@ -185,7 +185,7 @@ def taken_by_replicas(**options: Any) -> list[str]:
 def test_verify_every_compares_the_kernels(lacking: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they could not agree: nobody has said a word in the store."""
     lacking(1)
-    monkeypatch.setattr(agreement, "say", lambda *args: None)
+    monkeypatch.setattr(consensus, "say", lambda *args: None)
     with pytest.raises(RankError, match="kernels is 'fast' on rank 0 but 'reference' on rank 1"):
         threads.run(2, taken_by_replicas, verify_every=1)
 
@@ -205,9 +205,9 @@ def test_the_choice_is_one_also_where_devices_are_not(monkeypatch: pytest.Monkey
         layout = AlphaAdam([("a", nn.Parameter(torch.ones(200)))], process_group=dist.group.WORLD)._current_layout()
         if dist.get_rank() == 1:
             layout.params = (Elsewhere(),)  # type: ignore[assignment]
-            monkeypatch.setattr(agreement, "statistics_device", lambda *args: torch.device("cpu"))
+            monkeypatch.setattr(consensus, "statistics_device", lambda *args: torch.device("cpu"))
         dist.barrier()
-        agreement.settle(layout, {"fused": None, "capturable": False})
+        consensus.settle(layout, {"fused": None, "capturable": False})
         return layout.reference
 
     assert threads.run(2, settled) == [True, True]
@@ -219,7 +219,7 @@ def test_the_choice_is_one_also_where_devices_are_not(monkeypatch: pytest.Monkey
 def at_stage_zero(without: int) -> tuple[str, bool]:
     with pytest.MonkeyPatch.context() as patch:
         make_lack(patch, without)
-        patch.setattr(agreement, "say", lambda *args: None)  # only what deepspeed.initialize asks
+        patch.setattr(consensus, "say", lambda *args: None)  # only what deepspeed.initialize asks
         started = engine.start(Given(), engine.config(0), {}, client=True, optimizer="AlphaAdam")
         optimizer = started.basic_optimizer
         result = optimizer._kernels(torch.zeros(1)).__name__.rpartition(".")[2], optimizer._run.layout.group is None

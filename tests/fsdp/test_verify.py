@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alphaadam_dist import counts, kernels, optimizer, rule
+from alphaadam_dist import kernels, optimizer, rule, statistics
 from alphaadam_dist.kernels import cpu
-from alphaadam_dist.verify import launch, run, zero
+from alphaadam_dist.verify import rendezvous, run, zero
 from alphaadam_dist.verify.settings import Setting
 from alphaadam_dist.zero import internals
 
@@ -71,19 +71,19 @@ def test_without_a_launcher() -> None:
 
 
 def no_all_reduce(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(counts.Statistics, "_all_reduce", lambda *args, **kwargs: None)
+    patch.setattr(statistics.Statistics, "_all_reduce", lambda *args, **kwargs: None)
 
 
 def everything_counts_twice(patch: pytest.MonkeyPatch) -> None:
     """Equal on all ranks and even the right alpha: only one process knows better."""
-    reduce = counts.Statistics._all_reduce
+    reduce = statistics.Statistics._all_reduce
 
     def twice(self: Any, tensor: torch.Tensor, **options: Any) -> Any:
         if self.layout.group is not None:
             tensor.mul_(2.0)
         return reduce(self, tensor, **options)
 
-    patch.setattr(counts.Statistics, "_all_reduce", twice)
+    patch.setattr(statistics.Statistics, "_all_reduce", twice)
 
 
 def a_collective_more(patch: pytest.MonkeyPatch) -> None:
@@ -97,8 +97,8 @@ def a_collective_more(patch: pytest.MonkeyPatch) -> None:
 
 
 def too_large_a_step(patch: pytest.MonkeyPatch) -> None:
-    strengths = counts.Statistics.strengths
-    patch.setattr(counts.Statistics, "strengths", lambda self, slots: 1.02 * strengths(self, slots))
+    strengths = statistics.Statistics.strengths
+    patch.setattr(statistics.Statistics, "strengths", lambda self, slots: 1.02 * strengths(self, slots))
 
 
 def rows(names: tuple[str, ...], settings: tuple[str, ...], fault: str = "") -> list[run.Row]:
@@ -342,22 +342,22 @@ MET = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **HOST}
     ids=["torchrun", "openmpi", "mpich", "slurm"],
 )
 def test_launchers(given: dict[str, str]) -> None:
-    assert launch.environment(given) == MET
+    assert rendezvous.environment(given) == MET
 
 
 def test_slurm_meets_on_its_first_host() -> None:
     given = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "gpu7,gpu9",
              "SLURM_JOB_ID": "70012"}  # fmt: skip
-    assert launch.environment(given) == {**MET, "LOCAL_RANK": "0", "MASTER_ADDR": "gpu7", "MASTER_PORT": "29512"}
+    assert rendezvous.environment(given) == {**MET, "LOCAL_RANK": "0", "MASTER_ADDR": "gpu7", "MASTER_PORT": "29512"}
 
 
 def test_sbatch_without_srun_is_one_process() -> None:
-    told = launch.environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu[7-9]"})
+    told = rendezvous.environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu[7-9]"})
     assert (told["WORLD_SIZE"], told["MASTER_ADDR"]) == ("1", "127.0.0.1")
 
 
 def test_mpirun_on_one_machine_needs_no_address_and_on_two_it_does() -> None:
     given = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
-    assert launch.environment(given)["MASTER_ADDR"] == "127.0.0.1"
+    assert rendezvous.environment(given)["MASTER_ADDR"] == "127.0.0.1"
     with pytest.raises(ValueError, match=r"mpirun \(Open MPI\) started 8 ranks.*set MASTER_ADDR"):
-        launch.environment({**given, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+        rendezvous.environment({**given, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from alphaadam_dist.counts import Statistics
+from alphaadam_dist.statistics import Statistics
 from tests.hf import trainer
 from tests.models import tiny_llama, token_batches
 from tests.ranks import Ranks

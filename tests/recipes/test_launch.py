@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alphaadam_dist.lost import RankLost
+from alphaadam_dist.rank_failures import RankLost
 from alphaadam_dist.training import reasons, tie
 from alphaadam_dist.training.launch import LaunchError, Stopped, command, launch
 from tests.recipes.test_runs import SETTINGS

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 import alphaadam_dist
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, kernels
 from alphaadam_dist import optimizer as optimizer_module
+from alphaadam_dist.layout import statistics_device
 from alphaadam_dist.optimizer import AlphaOptimizer
-from alphaadam_dist.ownership import statistics_device
 from alphaadam_dist.tensors import check_places
 
 from .. import played, threads

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.counts import Statistics
+from alphaadam_dist.statistics import Statistics
 
 from ..ranks import Ranks
 from .collectives import Collectives

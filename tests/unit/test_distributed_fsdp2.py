@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist import optimizer as optimizer_module
-from alphaadam_dist.counts import Statistics
-from alphaadam_dist.ownership import Layout
+from alphaadam_dist.layout import Layout
+from alphaadam_dist.statistics import Statistics
 
 from ..models import Given, decay_groups, given_gradients
 from ..ranks import Ranks

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaadam_dist import AlphaAdam, counts, ownership, rule
+from alphaadam_dist import AlphaAdam, layout, rule, statistics
 from alphaadam_dist.shards import Shard
 from alphaadam_dist.zero import internals
 from tests.ranks import Ranks
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def no_all_reduce(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(counts.Statistics, "_all_reduce", lambda *args, **kwargs: None)
+    patch.setattr(statistics.Statistics, "_all_reduce", lambda *args, **kwargs: None)
 
 
 def padding_counts(patch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def boundary_off_by_one(patch: pytest.MonkeyPatch) -> None:
         return [[dataclasses.replace(s, start=s.start - 1) for s in held[1:]] for held in shards(self, names)]
 
     patch.setattr(internals.Stage1And2, "shards", shifted)
-    patch.setattr(ownership, "_prove_coverage", lambda *args: None)
+    patch.setattr(layout, "_prove_coverage", lambda *args: None)
 
 
 def counted_too_late(patch: pytest.MonkeyPatch) -> None:

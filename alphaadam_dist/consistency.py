@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from . import lost, options, replicas
-from .counts import Statistics
-from .kernels import agreement
-from .ownership import Layout, statistics_device
+from . import options, rank_failures, replicas
+from .kernels import consensus
+from .layout import Layout, statistics_device
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from .optimizer import AlphaOptimizer
@@ -53,7 +53,7 @@ def check(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> 
 
 def _disagreement(held: Mapping[str, Any], group: dist.ProcessGroup, what: str) -> RuntimeError:
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    with lost.explaining(what, group):
+    with rank_failures.explaining(what, group):
         dist.all_gather_object(everyone, {name: repr(value) for name, value in held.items()}, group=group)
     ranks = dist.get_process_group_ranks(group)
     names = dict.fromkeys(name for theirs in everyone for name in theirs)
@@ -71,7 +71,7 @@ def _held(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> 
     if optimizer.defaults["scope"] == "layer":
         held["alpha by layer"] = statistics.alphas()
     held |= {name: optimizer.defaults[name] for name in options.SHARED}
-    held["kernels"] = agreement.taken(optimizer.defaults, layout)
+    held["kernels"] = consensus.taken(optimizer.defaults, layout)
     if layout.group is None:
         names = zlib.crc32(repr(sorted(part.shard.key for part in layout.parts)).encode())
         held["parameters"] = f"{len(layout.parts)} of {layout.numel} elements, checksum of their names {names:08x}"
@@ -90,4 +90,4 @@ def _difference(name: str, values: Sequence[str], ranks: Sequence[int]) -> str:
     if len(holders) == 1:
         return ""
     parts = sorted(holders.items(), key=lambda item: len(item[1]))
-    return f"{name} is " + " but ".join(f"{value} on {lost.people(held)}" for value, held in parts)
+    return f"{name} is " + " but ".join(f"{value} on {rank_failures.people(held)}" for value, held in parts)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import lost
+from . import rank_failures
 from .handshake import stop_together
 from .shards import Shard
 
@@ -118,12 +118,12 @@ def _exchange(table: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
     """
     world = dist.get_world_size(group)
     longest = torch.tensor(len(table), device=device)
-    with lost.explaining(EXCHANGE, group):
+    with rank_failures.explaining(EXCHANGE, group):
         dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
     count = max(1, math.ceil(world * int(longest) * table.shape[1] * table.itemsize / SLICE_BYTES))
     slice_of = table[:, 0].remainder(count)
     heights = torch.bincount(slice_of, minlength=count).to(device)
-    with lost.explaining(EXCHANGE, group):
+    with rank_failures.explaining(EXCHANGE, group):
         dist.all_reduce(heights, op=dist.ReduceOp.MAX, group=group)
     for i, height in enumerate(heights.tolist()):
         if height == 0:
@@ -131,7 +131,7 @@ def _exchange(table: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
         mine = table[slice_of == i]
         padded = torch.nn.functional.pad(mine, (0, 0, 0, height - len(mine)), value=-1).to(device)
         gathered = torch.empty((world * height, table.shape[1]), dtype=torch.int64, device=device)
-        with lost.explaining(EXCHANGE, group):
+        with rank_failures.explaining(EXCHANGE, group):
             dist.all_gather_single(gathered, padded, group=group)
         yield gathered.view(world, height, -1).cpu()
 

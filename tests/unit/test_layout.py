@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alphaadam_dist import AlphaAdam, ownership
+from alphaadam_dist import AlphaAdam
+from alphaadam_dist.layout import Layout, _with_padding, build_layout
 from alphaadam_dist.shards import Shard, clean_name, clean_names, cut
 
 from ..ranks import Ranks
@@ -91,7 +92,7 @@ def test_cut_covers_every_element_of_every_run_for_any_cutting() -> None:
     ],
 )
 def test_padding_fills_every_gap_and_is_owned_by_nobody(runs: list[Any], numel: int, expected: list[Any]) -> None:
-    full = ownership._with_padding(runs, numel)
+    full = _with_padding(runs, numel)
     assert full == expected
     position = 0
     for start, count, _, _ in full:
@@ -158,14 +159,14 @@ def test_a_part_called_module_is_no_wrapper() -> None:
 # ---- layouts without a group
 
 
-def layout(shards: list[list[Shard]], extents: list[int], **options: Any) -> ownership.Layout:
+def made(shards: list[list[Shard]], extents: list[int], **options: Any) -> Layout:
     params = [torch.zeros(n) for n in extents]
     given: dict[str, Any] = {"scope": "global", "group": None, "device": CPU, **options}
-    return ownership.build_layout(params, shards, extents, **given)
+    return build_layout(params, shards, extents, **given)
 
 
 def test_without_a_group_everything_is_owned_here() -> None:
-    built = layout([[Shard("a", (), 0, 4, 4)], [Shard("b", (), 0, 3, 3)]], [4, 3])
+    built = made([[Shard("a", (), 0, 4, 4)], [Shard("b", (), 0, 3, 3)]], [4, 3])
     assert (built.rows, built.numel, built.group, built.keys) == (1, 7, None, {})
     for param, numel in zip(built.params, (4, 3), strict=True):
         (slot,) = built.slots[param]
@@ -174,7 +175,7 @@ def test_without_a_group_everything_is_owned_here() -> None:
 
 def test_layer_scope_has_a_row_for_each_parameter_and_its_name() -> None:
     held = [[Shard("a", (), 0, 4, 4), Shard("b", (), 4, 2, 2)], [Shard("c", (), 0, 3, 3)]]
-    built = layout(held, [8, 3], scope="layer", names=["a", "b", "c", "elsewhere"])
+    built = made(held, [8, 3], scope="layer", names=["a", "b", "c", "elsewhere"])
     assert built.rows == 3
     assert set(built.keys.values()) == {"a", "b", "c"}
     flat = [(built.keys[s.row], s.start, s.numel, s.owned, s.whole) for p in built.params for s in built.slots[p]]
@@ -184,28 +185,28 @@ def test_layer_scope_has_a_row_for_each_parameter_and_its_name() -> None:
         ("b", 6, 2, False, False),  # padding lies in some row, and adds nothing to it
         ("c", 0, 3, True, True),
     ]
-    again = layout(held[::-1], [3, 8], scope="layer")
+    again = made(held[::-1], [3, 8], scope="layer")
     assert again.keys == built.keys  # rows follow the names, not the order in which a rank lists its parameters
 
 
 def test_merge_makes_one_run_of_what_is_all_owned() -> None:
     held = [[Shard("a", (), 0, 4, 4), Shard("b", (), 4, 2, 2)]]
-    built = layout(held, [8], merge=True)
+    built = made(held, [8], merge=True)
     (slot,) = built.slots[built.params[0]]
     assert (slot.start, slot.numel, slot.owned, slot.whole) == (0, 8, True, True)
     assert built.numel == 6
-    assert len(layout(held, [8], merge=True, scope="layer").slots) == 1
-    by_layer = layout(held, [8], merge=True, scope="layer")
+    assert len(made(held, [8], merge=True, scope="layer").slots) == 1
+    by_layer = made(held, [8], merge=True, scope="layer")
     assert len(by_layer.slots[by_layer.params[0]]) == 3
 
 
 def test_an_empty_shard_is_whole() -> None:
-    built = layout([[Shard("a", (), 0, 0, 0)]], [0])
+    built = made([[Shard("a", (), 0, 0, 0)]], [0])
     assert [(s.numel, s.whole) for s in built.slots[built.params[0]]] == [(0, True)]
 
 
 def test_gather_gives_rows_ownership_and_numbers() -> None:
-    built = layout([[Shard("a", (), 0, 4, 4), Shard("b", (), 6, 2, 2)]], [9], scope="layer")
+    built = made([[Shard("a", (), 0, 4, 4), Shard("b", (), 6, 2, 2)]], [9], scope="layer")
     slots = built.slots[built.params[0]]
     rows, owned, numel = built.gather(slots)
     assert [built.keys[r] for r in rows.tolist()] == ["a", "b", "b", "b"]
@@ -219,7 +220,7 @@ def test_two_parameters_of_one_key_are_refused(where: str) -> None:
     a, b = Shard("twice", (), 0, 2, 2), Shard("twice", (), 2, 2, 2)
     held = [[a, b]] if where == "one parameter" else [[a], [Shard("twice", (), 0, 2, 2)]]
     with pytest.raises(ValueError, match=r"two parameters are named 'twice'.*name of its own"):
-        layout(held, [4] if where == "one parameter" else [2, 2])
+        made(held, [4] if where == "one parameter" else [2, 2])
 
 
 # ---- owners and coverage over a group
@@ -231,7 +232,7 @@ def owned_by_each(table: list[list[tuple[str, Any, int, int | None]]]) -> Any:
     held = [[Shard(key, part, 0, n, whole)] for key, part, n, whole in table[rank]]
     group = dist.group.WORLD
     try:
-        built = layout(held, [shards[0].numel for shards in held], group=group, scope="layer")
+        built = made(held, [shards[0].numel for shards in held], group=group, scope="layer")
     except ValueError as error:
         return str(error)
     slots = [built.slots[param][0] for param in built.params]
@@ -292,7 +293,7 @@ def duplicated_on_rank_one() -> str:
     group = dist.new_group(timeout=timedelta(seconds=2))
     keys = ["a", "twice", "twice"] if dist.get_rank() == 1 else ["a", "b", "c"]
     try:
-        layout([[Shard(key, (), 0, 2, 2)] for key in keys], [2, 2, 2], group=group)
+        made([[Shard(key, (), 0, 2, 2)] for key in keys], [2, 2, 2], group=group)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

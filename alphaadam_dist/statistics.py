@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import lost, rule
-from .ownership import Layout, Slot
+from . import rank_failures, rule
+from .layout import Layout, Slot
 
 INITIAL_STATE = [0.0, 1.0, 0.0, 0.0]  # alphaadam_state = [T, alpha, A, C] before the first step
 
@@ -147,7 +147,7 @@ class Statistics:
     def _lost(self, error: RuntimeError) -> RuntimeError:
         assert self.layout is not None
         assert self.layout.group is not None
-        return lost.explained(
+        return rank_failures.explained(
             error, f"all-reduce of the counts of this process's step {self.opened}", self.layout.group
         )
 

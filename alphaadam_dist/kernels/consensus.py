@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..handshake import first_to_say, stop_together
-from ..ownership import Layout, statistics_device
+from ..layout import Layout, statistics_device
 
 SAID = "alphaadam/no fast kernels"
 WHAT = "which kernels can all ranks have?"

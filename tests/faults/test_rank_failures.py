@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alphaadam_dist import lost
+from alphaadam_dist import rank_failures
 
 from .losing_ranks import CASES, HANDSHAKE, LOST_AT
 
@@ -55,6 +55,6 @@ def test_without_the_store_that_is_said(said: dict[str, dict[str, str]]) -> None
 
 
 def test_of_many_ranks_a_few_are_named() -> None:
-    assert lost.people([3]) == "rank 3"
-    assert lost.people([0, 2]) == "ranks 0, 2"
-    assert lost.people(range(4096)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7, ... (4096)"
+    assert rank_failures.people([3]) == "rank 3"
+    assert rank_failures.people([0, 2]) == "ranks 0, 2"
+    assert rank_failures.people(range(4096)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7, ... (4096)"

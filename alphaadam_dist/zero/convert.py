@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from .files import what_stops_writing
-from .shards import clean_name
-from .zero import universal
+from ..files import what_stops_writing
+from ..shards import clean_name
+from . import universal
 
 
 def convert(source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:

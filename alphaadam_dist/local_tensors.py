@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .ownership import Layout, Slot
+from .layout import Layout, Slot
 from .shards import cut
 from .tensors import local
 
