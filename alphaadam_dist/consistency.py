@@ -42,7 +42,7 @@ def check(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> 
     numbers, count = ({}, 0) if layout.drift_told else replicas.to_compare(layout, group)
     # of the repr, so that NaN equals itself
     of_all = {0: zlib.crc32(repr(held).encode()), **{1 + place: number for place, number in numbers.items()}}
-    apart = replicas.places_apart(of_all, 1 + count, group, device, what)
+    apart = replicas.ids_apart(of_all, 1 + count, group, device, what)
     if 0 in apart:
         raise _disagreement(held, group, what)
     difference = replicas.where_apart(layout, group, device, what) if apart else None
@@ -73,8 +73,8 @@ def _held(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> 
     held |= {name: optimizer.defaults[name] for name in options.SHARED}
     held["kernels"] = consensus.taken(optimizer.defaults, layout)
     if layout.group is None:
-        names = zlib.crc32(repr(sorted(part.shard.key for part in layout.parts)).encode())
-        held["parameters"] = f"{len(layout.parts)} of {layout.numel} elements, checksum of their names {names:08x}"
+        names = zlib.crc32(repr(sorted(shard.key for shard in layout.shards)).encode())
+        held["parameters"] = f"{len(layout.shards)} of {layout.numel} elements, checksum of their names {names:08x}"
     if optimizer.process_group is None:  # pipeline stages may have groups of their own
         for i, group in enumerate(optimizer.param_groups):
             values = {name: group[name] for name in optimizer.hyperparameters}

@@ -62,8 +62,8 @@ def sketch(tensor: Tensor | None) -> Tensor | None:
         return None
     weights = _weights(tensor.device)
     sums = torch.zeros(BUCKETS, dtype=torch.float64, device=tensor.device)
-    for i, piece in enumerate(tensor.detach().contiguous().view(-1).split(ROW * ROWS)):
-        rows = torch.nn.functional.pad(piece.double(), (0, -len(piece) % ROW)).view(-1, ROW)
+    for i, chunk in enumerate(tensor.detach().contiguous().view(-1).split(ROW * ROWS)):
+        rows = torch.nn.functional.pad(chunk.double(), (0, -len(chunk) % ROW)).view(-1, ROW)
         signs = (weights.roll(i * ROWS)[: len(rows), None] * weights >> 37) & 1
         sums += torch.where(signs == 1, rows, -rows).sum(0).view(-1, BUCKETS).sum(0)
     return sums.cpu()
@@ -79,7 +79,7 @@ def _digest(tensor: Tensor) -> Tensor:
     """0-dim int64 on the tensor's device."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     weights = _weights(tensor.device)
-    sums = torch.cat([_row_sums(_words(piece), weights) for piece in data.split(8 * ROW * ROWS)])
+    sums = torch.cat([_row_sums(_words(chunk), weights) for chunk in data.split(8 * ROW * ROWS)])
     while len(sums) > 1:
         # not linear, or swapping a row with a column would not be seen
         sums = _row_sums((sums ^ (sums >> 29)) * -7046029254386353131, weights)

@@ -1,8 +1,8 @@
 """Which rank counts which shard, so that every element of the model counts exactly once.
 
-The owner of a shard is the lowest rank of the reduce group that holds its (key, part). Other simple rules are wrong:
+The owner of a shard is the lowest rank of the reduce group that holds its (key, place). Other simple rules are wrong:
 "coordinate 0 on every replicated mesh dimension" counts twice when a parameter lives on a submesh, and weighting by
-1/replicas makes the sums inexact. Ranks exchange one table of (key hash, part hash, numel), 24 bytes a shard, once per
+1/replicas makes the sums inexact. Ranks exchange one table of (key hash, place hash, numel), 24 bytes a shard, once per
 layout, a few MiB at a time; each proves that the owned elements of its parameters add up to the whole of them. That
 ranks which claim one part hold copies of it is proved in replicas.py.
 """
@@ -29,11 +29,11 @@ EXCHANGE = "handshake (exchange of who holds which shard)"
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """One run of an optimizer parameter, as the kernels see it: a shard, or the padding between shards.
+class Segment:
+    """What a kernel takes of an optimizer parameter at a time: a shard, or the padding between shards.
 
-    ``row`` is the scope it belongs to in the statistics buffer. ``owned`` is whether this rank counts it. ``late`` is
-    how many updates it is behind its optimizer parameter.
+    ``row`` is its row of the statistics buffer. ``owned`` is whether this rank counts it. ``late`` is how many updates
+    it is behind its optimizer parameter.
     """
 
     start: int
@@ -45,16 +45,15 @@ class Slot:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class HeldShard(Shard):
     """A shard of this rank's, and which optimizer parameter holds it.
 
-    ``place`` is its number among the parts of the whole model that several ranks hold; -1 where no other holds it.
+    ``replica_id`` is its number among the shards of the whole model that several ranks hold; -1 where no other does.
     """
 
-    shard: Shard
     param: Tensor
     owned: bool
-    place: int
+    replica_id: int
 
 
 @dataclass
@@ -63,47 +62,47 @@ class Layout:
 
     Attributes:
         params: the optimizer parameters this was built for, in order.
-        slots: for each of them its slots, ascending.
+        segments: for each of them its segments, ascending.
         keys: the model parameters that this rank knows, by row (layer scope; empty for global).
         rows: rows of the statistics buffer: 1 for global scope, one per model parameter for layer scope.
         numel: elements of the whole model.
         group: the process group to all-reduce over; None where every rank holds everything and nothing is reduced.
         device: where the statistics live.
-        parts: this rank's shards.
-        shared: how many parts of the whole model several ranks hold.
+        shards: this rank's.
+        replicas: how many shards of the whole model several ranks hold.
         reference: all ranks take the reference kernels, because one of them cannot have the fast ones.
         drift_told: that replicas differ was said already.
         places: what the parameters were when this was built, for the builder to compare.
     """
 
     params: tuple[Tensor, ...]
-    slots: dict[Tensor, tuple[Slot, ...]]
+    segments: dict[Tensor, tuple[Segment, ...]]
     keys: dict[int, str]
     rows: int
     numel: int
     group: dist.ProcessGroup | None
     device: torch.device
-    parts: tuple[Part, ...] = ()
-    shared: int = 0
+    shards: tuple[HeldShard, ...] = ()
+    replicas: int = 0
     reference: bool = False
     drift_told: bool = False
     places: object = None
-    _gathered: dict[tuple[Slot, ...], tuple[Tensor, Tensor, int]] = field(default_factory=dict, repr=False)
+    _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor, int]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def several_devices(self) -> bool:
         """This rank's parameters lie on more than one device."""
         return len({param.device for param in self.params}) > 1
 
-    def gather(self, slots: tuple[Slot, ...]) -> tuple[Tensor, Tensor, int]:
-        """Rows (int64) and ownership (float64, 0 or 1) of these slots on the device, and the elements they own."""
-        if slots not in self._gathered:
-            if len(self._gathered) >= 256:  # a model whose unused parameters change from step to step
-                self._gathered.clear()
-            rows = torch.tensor([s.row for s in slots], dtype=torch.int64, device=self.device)
-            owned = torch.tensor([s.owned for s in slots], dtype=torch.float64, device=self.device)
-            self._gathered[slots] = rows, owned, sum(s.numel for s in slots if s.owned)
-        return self._gathered[slots]
+    def indices(self, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, int]:
+        """Rows (int64) and ownership (float64, 0 or 1) of these segments on the device, and the elements they own."""
+        if segments not in self._indices:
+            if len(self._indices) >= 256:  # a model whose unused parameters change from step to step
+                self._indices.clear()
+            rows = torch.tensor([s.row for s in segments], dtype=torch.int64, device=self.device)
+            owned = torch.tensor([s.owned for s in segments], dtype=torch.float64, device=self.device)
+            self._indices[segments] = rows, owned, sum(s.numel for s in segments if s.owned)
+        return self._indices[segments]
 
 
 def _hash(value: Hashable) -> int:
@@ -137,51 +136,57 @@ def _exchange(table: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
 
 
 def _first_holders(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of every distinct part in a slice of the exchange: key, part, numel, the lowest rank that holds it, how many do.
+    """Of every distinct shard in a slice of the exchange: key, place, numel, its lowest rank, how many ranks hold it.
 
-    int64 (parts,) each, ascending in part.
+    int64 (shards,) each, ascending in place.
     """
     flat = gathered.view(-1, gathered.shape[2])
     present = (flat[:, 2] >= 0).nonzero().squeeze(1)
-    order = present[torch.argsort(flat[present, 1], stable=True)]  # by part, then rank
-    part = flat[order, 1]
+    order = present[torch.argsort(flat[present, 1], stable=True)]  # by place, then rank
+    place = flat[order, 1]
     first = torch.ones(len(order), dtype=torch.bool, device="cpu")
-    first[1:] = part[1:] != part[:-1]
+    first[1:] = place[1:] != place[:-1]
     holders = order[first]
     counts = first.nonzero().squeeze(1).diff(append=torch.tensor([len(order)], device="cpu"))
-    return flat[holders, 0], part[first], flat[holders, 2], holders // gathered.shape[1], counts
+    return flat[holders, 0], place[first], flat[holders, 2], holders // gathered.shape[1], counts
 
 
 @dataclass
 class _Agreed:
-    """What the exchange told: hashes of the parts that this rank owns, elements of each key of the whole model, the
-    places of this rank's parts that others hold too, and how many places there are."""
+    """What the exchange told.
+
+    Attributes:
+        owned: hashes of the shards that this rank owns.
+        numels: elements of each key of the whole model, by the key's hash.
+        replica_ids: of this rank's shards that others hold too, by the shard's hash.
+        replicas: how many shards of the whole model several ranks hold.
+    """
 
     owned: set[int] = field(default_factory=set)
     numels: Counter[int] = field(default_factory=Counter)
-    places: dict[int, int] = field(default_factory=dict)
-    shared: int = 0
+    replica_ids: dict[int, int] = field(default_factory=dict)
+    replicas: int = 0
 
 
 def _agree(hashed: Sequence[tuple[int, int, int]], group: dist.ProcessGroup | None, device: torch.device) -> _Agreed:
-    """Exchange (key, part, numel) of this rank's shards. Collective; without a group all is this rank's own."""
+    """Exchange (key, place, numel) of this rank's shards. Collective; without a group all is this rank's own."""
     agreed = _Agreed()
     if group is None:
-        agreed.owned.update(part for _, part, _ in hashed)
+        agreed.owned.update(shard for _, shard, _ in hashed)
         for key, _, numel in hashed:
             agreed.numels[key] += numel
         return agreed
     rank, table = dist.get_rank(group), torch.tensor(hashed, dtype=torch.int64, device="cpu").reshape(-1, 3)
     for gathered in _exchange(table, group, device):
-        keys, parts, numels, owners, holders = _first_holders(gathered)
-        agreed.owned.update(parts[owners == rank].tolist())
+        keys, shards, numels, owners, holders = _first_holders(gathered)
+        agreed.owned.update(shards[owners == rank].tolist())
         distinct, of_row = keys.unique(return_inverse=True)
         of_key = torch.zeros_like(distinct).index_add_(0, of_row, numels)
         agreed.numels.update(dict(zip(distinct.tolist(), of_key.tolist(), strict=True)))
-        shared = parts[(holders > 1) & (numels > 0)]
-        mine = torch.isin(shared, table[:, 1]).nonzero().squeeze(1)
-        agreed.places.update(zip(shared[mine].tolist(), (agreed.shared + mine).tolist(), strict=True))
-        agreed.shared += len(shared)
+        replicas = shards[(holders > 1) & (numels > 0)]
+        mine = torch.isin(replicas, table[:, 1]).nonzero().squeeze(1)
+        agreed.replica_ids.update(zip(replicas[mine].tolist(), (agreed.replicas + mine).tolist(), strict=True))
+        agreed.replicas += len(replicas)
     return agreed
 
 
@@ -195,7 +200,7 @@ def _prove_coverage(shards: Sequence[Shard], held: Mapping[int, int], world: int
         if shard.global_numel is not None and held[_hash(shard.key)] != shard.global_numel:
             return (
                 f"parameter {shard.key!r} has {shard.global_numel} elements, but the shards on the {world} ranks of "
-                f"the reduce group hold {held[_hash(shard.key)]} different ones (here: part {shard.part}, "
+                f"the reduce group hold {held[_hash(shard.key)]} different ones (here: place {shard.place}, "
                 f"{shard.numel} elements). Give the optimizer the process_group over which this model is sharded, "
                 "names that are unique in the whole model where ranks hold different parameters of one name, or "
                 "sharding='replicated' / 'sharded' where plain tensors were misjudged"
@@ -206,7 +211,7 @@ def _prove_coverage(shards: Sequence[Shard], held: Mapping[int, int], world: int
 def build_layout(
     params: Sequence[Tensor],
     shards: Sequence[Sequence[Shard]],
-    extents: Sequence[int],
+    numels: Sequence[int],
     *,
     scope: str,
     group: dist.ProcessGroup | None,
@@ -219,9 +224,9 @@ def build_layout(
     Args:
         params: optimizer parameters.
         shards: for each its shards, ascending in ``start``.
-        extents: for each the number of its local elements, padding included.
+        numels: for each the number of its local elements, padding included.
         device: of the statistics buffer and of the exchange.
-        merge: under global scope count each parameter as one run where this rank owns all its shards. Right where
+        merge: under global scope make each parameter one segment where this rank owns all its shards. Right where
             padding never carries a gradient.
         names: keys that this rank can name beside those of its own shards.
 
@@ -230,40 +235,41 @@ def build_layout(
     """
     pairs = [(param, shard) for param, held in zip(params, shards, strict=True) for shard in held]
     flat = [shard for _, shard in pairs]
-    hashed = [(_hash(s.key), _hash((s.key, s.part)), s.numel) for s in flat]
+    hashed = [(_hash(s.key), _hash((s.key, s.place)), s.numel) for s in flat]
     agreed = _agree(hashed, group, device)
     problem = _prove_coverage(flat, agreed.numels, 1 if group is None else dist.get_world_size(group))
     stop_together(problem, group, device, "does every element count once?")
-    parts = tuple(
-        Part(shard, param, part in agreed.owned, agreed.places.get(part, -1))
-        for (param, shard), (_, part, _) in zip(pairs, hashed, strict=True)
-    )
+    held_shards = tuple(
+        HeldShard(s.key, s.place, s.start, s.numel, s.global_numel, param, hash in agreed.owned,
+                  agreed.replica_ids.get(hash, -1))
+        for (param, s), (_, hash, _) in zip(pairs, hashed, strict=True)
+    )  # fmt: skip
     row_of = {key: row for row, key in enumerate(sorted(agreed.numels))} if scope == "layer" else {}
-    slots: dict[Tensor, tuple[Slot, ...]] = {}
-    owns = iter([part.owned for part in parts])
-    for param, held, extent in zip(params, shards, extents, strict=True):
-        runs = [(s.start, s.numel, row_of.get(_hash(s.key), 0), next(owns)) for s in held]
-        if merge and scope == "global" and all(own for *_, own in runs):
-            runs = [(0, extent, 0, True)]
-        slots[param] = tuple(
-            Slot(start, count, row, own, whole=count == extent)
-            for start, count, row, own in _with_padding(runs, extent)
+    segments: dict[Tensor, tuple[Segment, ...]] = {}
+    owns = iter([shard.owned for shard in held_shards])
+    for param, held, whole in zip(params, shards, numels, strict=True):
+        spans = [(s.start, s.numel, row_of.get(_hash(s.key), 0), next(owns)) for s in held]
+        if merge and scope == "global" and all(own for *_, own in spans):
+            spans = [(0, whole, 0, True)]
+        segments[param] = tuple(
+            Segment(start, count, row, own, whole=count == whole)
+            for start, count, row, own in _with_padding(spans, whole)
         )
     keys = {row_of[_hash(key)]: key for key in {*names, *(s.key for s in flat)} if _hash(key) in row_of}
     rows, numel = max(len(row_of), 1), agreed.numels.total()
-    return Layout(tuple(params), slots, keys, rows, numel, group, device, parts, agreed.shared)
+    return Layout(tuple(params), segments, keys, rows, numel, group, device, held_shards, agreed.replicas)
 
 
-def _with_padding(runs: Sequence[tuple[int, int, int, bool]], numel: int) -> list[tuple[int, int, int, bool]]:
-    """Fill the gaps between runs with padding: it is updated as AdamW would, and owned by nobody."""
+def _with_padding(spans: Sequence[tuple[int, int, int, bool]], numel: int) -> list[tuple[int, int, int, bool]]:
+    """Fill the gaps between (start, numel, row, owned) with padding, which nobody owns and all update."""
     full, position = [], 0
-    for start, count, row, own in runs:
+    for start, count, row, own in spans:
         if start > position:
             full.append((position, start - position, row, False))
         full.append((start, count, row, own))
         position = start + count
     if position < numel:
-        full.append((position, numel - position, runs[-1][2] if runs else 0, False))
+        full.append((position, numel - position, spans[-1][2] if spans else 0, False))
     return full
 
 

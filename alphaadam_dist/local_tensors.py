@@ -1,4 +1,4 @@
-"""What this rank holds of a parameter group, as the kernels take it: lists of local tensors, one entry for each slot.
+"""What this rank holds of a parameter group, as the kernels take it: lists of local tensors, one for each segment.
 
 DTensors are unwrapped here, once a step: an operation on a DTensor costs ten times one on its local tensor. A list is
 of one device: where a model lies on several, there are lists for each.
@@ -14,60 +14,60 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .layout import Layout, Slot
+from .layout import Layout, Segment
 from .shards import cut
 from .tensors import local
 
-Owned = tuple[Slot, Tensor, Tensor]
-"""A slot that this rank counts, its gradient and its momentum."""
+Owned = tuple[Segment, Tensor, Tensor]
+"""A segment that this rank counts, its gradient and its momentum."""
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """The slots of the parameters that have a gradient, one or more. ``moments`` is a list for each state tensor."""
+class LocalTensors:
+    """The segments of the parameters that have a gradient, one or more. ``moments`` is a list for each state tensor."""
 
-    slots: tuple[Slot, ...]
+    segments: tuple[Segment, ...]
     params: list[Tensor]
     grads: list[Tensor]
     moments: list[list[Tensor]]
     states: list[dict[str, Any]]
 
     def advance_steps(self, capturable: bool) -> list[float] | Tensor:
-        """Count an update of every parameter; t of each slot, on its device if ``capturable``."""
+        """Count an update of every parameter; t of each segment, on its device if ``capturable``."""
         own = list({id(state): state for state in self.states}.values())
         if capturable:
             torch._foreach_add_([state["step"] for state in own], 1.0)
-            counted = zip(self.states, self.slots, strict=True)
-            return torch.stack([s["step"] - slot.late if slot.late else s["step"] for s, slot in counted])
+            counted = zip(self.states, self.segments, strict=True)
+            return torch.stack([s["step"] - segment.late if segment.late else s["step"] for s, segment in counted])
         # new tensors: checkpoints may have made parameters share one
         for state, step in zip(own, torch._foreach_add([state["step"] for state in own], 1.0), strict=True):
             state["step"] = step
-        return [state["step"].item() - slot.late for state, slot in zip(self.states, self.slots, strict=True)]
+        return [state["step"].item() - segment.late for state, segment in zip(self.states, self.segments, strict=True)]
 
     def owned(self) -> list[Owned]:
         """What this rank counts of it."""
-        held = zip(self.slots, self.grads, self.moments[0], strict=True)
-        return [(slot, grad, momentum) for slot, grad, momentum in held if slot.owned]
+        held = zip(self.segments, self.grads, self.moments[0], strict=True)
+        return [(segment, grad, momentum) for segment, grad, momentum in held if segment.owned]
 
 
-def gather(
+def local_tensors(
     params: Sequence[Tensor], layout: Layout, moments: Sequence[str], state_of: Callable[[Tensor], dict[str, Any]]
-) -> list[Gathered]:
-    """The local tensors of these parameters, cut into their slots, for each device; those without a gradient left out.
+) -> list[LocalTensors]:
+    """The local tensors of these parameters that have a gradient, cut into their segments, for each device.
 
     Raises ValueError where a gradient is sparse.
     """
     on_device: dict[torch.device | None, list[Tensor]] = {}
     for param in params if layout.several_devices else ():
         on_device.setdefault(param.device, []).append(param)
-    held = [_gathered(some, layout, moments, state_of) for some in on_device.values() or [params]]
+    held = [_of_one_device(some, layout, moments, state_of) for some in on_device.values() or [params]]
     return [part for part in held if part is not None]
 
 
-def _gathered(
+def _of_one_device(
     params: Sequence[Tensor], layout: Layout, moments: Sequence[str], state_of: Callable[[Tensor], dict[str, Any]]
-) -> Gathered | None:
-    slots: list[Slot] = []
+) -> LocalTensors | None:
+    segments: list[Segment] = []
     states: list[dict[str, Any]] = []
     lists: list[list[Tensor]] = [[] for _ in range(2 + len(moments))]
     for param in params:
@@ -78,12 +78,12 @@ def _gathered(
             raise ValueError(f"sparse gradients ({grad.layout}) are not taken: build the embedding with sparse=False")
         state = state_of(param)
         tensors = [local(param), grad, *[local(state[name]) for name in moments]]
-        for slot in layout.slots[param]:
-            slots.append(slot)
+        for segment in layout.segments[param]:
+            segments.append(segment)
             states.append(state)
             for into, tensor in zip(lists, tensors, strict=True):
-                into.append(tensor if slot.whole else tensor.view(-1)[slot.start : slot.start + slot.numel])
-    return Gathered(tuple(slots), lists[0], lists[1], lists[2:], states) if slots else None
+                into.append(tensor if segment.whole else tensor.view(-1)[segment.start : segment.start + segment.numel])
+    return LocalTensors(tuple(segments), lists[0], lists[1], lists[2:], states) if segments else None
 
 
 def gradient(param: Tensor) -> Tensor | None:
@@ -97,23 +97,23 @@ def gradient(param: Tensor) -> Tensor | None:
     return local(grad)
 
 
-def owned_pieces(slots: Sequence[Slot], pieces: Sequence[Tensor], momentum: Tensor) -> list[Owned]:
+def owned_of_flat(segments: Sequence[Segment], pieces: Sequence[Tensor], momentum: Tensor) -> list[Owned]:
     """What this rank counts of a flat gradient that is given in pieces."""
-    if len(pieces) == 1 and len(slots) == 1 and slots[0].whole:
+    if len(pieces) == 1 and len(segments) == 1 and segments[0].whole:
         grad = pieces[0]
-        return [(slots[0], grad, momentum.view(grad.shape))] if slots[0].owned else []
+        return [(segments[0], grad, momentum.view(grad.shape))] if segments[0].owned else []
     flat = momentum.view(-1)
-    runs = [(slot.start, slot.numel, slot) for slot in slots if slot.owned]
-    return [(slot, grad, flat[start : start + grad.numel()]) for slot, start, grad in cut(pieces, runs)]
+    runs = [(segment.start, segment.numel, segment) for segment in segments if segment.owned]
+    return [(segment, grad, flat[start : start + grad.numel()]) for segment, start, grad in cut(pieces, runs)]
 
 
-def by_device(owned: Sequence[Owned], layout: Layout) -> list[tuple[tuple[Slot, ...], list[Tensor], list[Tensor]]]:
+def by_device(owned: Sequence[Owned], layout: Layout) -> list[tuple[tuple[Segment, ...], list[Tensor], list[Tensor]]]:
     """Slots, gradients and momenta on each device that has any."""
     parts: dict[torch.device | None, list[Owned]] = {}
     for one in owned if layout.several_devices else ():
         parts.setdefault(one[2].device, []).append(one)
     return [
-        (tuple(slot for slot, _, _ in part), [grad for _, grad, _ in part], [momentum for _, _, momentum in part])
+        (tuple(segment for segment, _, _ in part), [grad for _, grad, _ in part], [momentum for _, _, momentum in part])
         for part in parts.values() or [owned]
         if part
     ]

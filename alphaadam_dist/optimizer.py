@@ -27,7 +27,7 @@ from .eager import eager
 from .kernels import consensus
 from .kernels.reference import squared_norms
 from .layout import Layout, build_layout, statistics_device
-from .local_tensors import Gathered, Owned, by_device, gather, owned_pieces
+from .local_tensors import LocalTensors, Owned, by_device, local_tensors, owned_of_flat
 from .persistence import Persistent, Run
 from .shards import Shard, clean_names, fsdp1
 from .shards.select import shards_of
@@ -244,7 +244,7 @@ class AlphaOptimizer(Persistent):
         self._refuse_part_of_model()
         layout = self._current_layout()
         self.open_step(layout)
-        held = self._gather(layout)
+        held = self._held(layout)
         if self.defaults["sync"] == "exact":
             self._count([owned for _, part in held for owned in part.owned()], None)
         self._update(held)
@@ -298,7 +298,7 @@ class AlphaOptimizer(Persistent):
         owned: list[Owned] = []
         for param, pieces in gradients:
             momentum = local(self._state(param)[self.moments[0]])
-            owned += owned_pieces(layout.slots[param], pieces, momentum)
+            owned += owned_of_flat(layout.segments[param], pieces, momentum)
         self._count(owned, scale)
 
     def _count(self, owned: Sequence[Owned], scale: Tensor | float | None) -> None:
@@ -310,17 +310,17 @@ class AlphaOptimizer(Persistent):
         assert self._run.layout is not None
         parts = by_device(owned, self._run.layout)
         if clip and threshold > 0:
-            for slots, grads, momenta in parts:
-                statistics.add_norms(slots, squared_norms(grads, momenta))
+            for segments, grads, momenta in parts:
+                statistics.add_norms(segments, squared_norms(grads, momenta))
             statistics.reduce_norm()
             scale = statistics.clip_coefficient()
-        for slots, grads, momenta in parts:
+        for segments, grads, momenta in parts:
             counts, norms = self._kernels(grads).count(
                 grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0
             )
             if norms is not None:
-                statistics.add_norms(slots, norms)
-            statistics.add(slots, counts)
+                statistics.add_norms(segments, norms)
+            statistics.add(segments, counts)
         statistics.reduce()
         self._run.counted = True
 
@@ -331,16 +331,18 @@ class AlphaOptimizer(Persistent):
                 "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
                 "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
             )
-        self._update(self._gather(self._run.layout))
+        self._update(self._held(self._run.layout))
 
-    def _gather(self, layout: Layout) -> list[tuple[dict[str, Any], Gathered]]:
+    def _held(self, layout: Layout) -> list[tuple[dict[str, Any], LocalTensors]]:
         """What is held of each parameter group on each device, beside the group."""
         groups = self.param_groups
         return [
-            (group, part) for group in groups for part in gather(group["params"], layout, self.moments, self._state)
+            (group, part)
+            for group in groups
+            for part in local_tensors(group["params"], layout, self.moments, self._state)
         ]
 
-    def _update(self, held: Sequence[tuple[dict[str, Any], Gathered]]) -> None:
+    def _update(self, held: Sequence[tuple[dict[str, Any], LocalTensors]]) -> None:
         """The third act."""
         statistics = self._run.statistics
         assert statistics is not None
@@ -352,7 +354,7 @@ class AlphaOptimizer(Persistent):
                 part.params,
                 part.grads,
                 part.moments,
-                strengths=statistics.strengths(part.slots),
+                strengths=statistics.strengths(part.segments),
                 threshold=self.defaults["threshold"],
                 scale=scale,
                 counting=delayed,
@@ -360,7 +362,7 @@ class AlphaOptimizer(Persistent):
                 hyperparameters={name: options.plain(name, group[name]) for name in self.hyperparameters},
             )
             if counts is not None:
-                statistics.add(part.slots, counts)
+                statistics.add(part.segments, counts)
 
     def _directed(self, scale: Tensor | float | None) -> Tensor | float | None:
         """What makes a gradient the true one: ``scale``, negative to maximize; None where it is that already."""

@@ -1,9 +1,9 @@
-"""Are replicas replicas? Ranks that claim the same part of a parameter must hold the same bits, and get one gradient.
+"""Are replicas replicas? Ranks that claim the same shard of a parameter must hold the same bits, and get one gradient.
 
 Names and meshes say who holds copies of what, and they may say it wrongly: pipeline stages or experts whose modules
 have equal local names, islands that are models of their own, ranks that began from other seeds, FSDP1's replicas under
-HYBRID_SHARD that count as parts. So the ranks compare fingerprints, of the parts only that several ranks hold: 16 bytes
-a part in an all-reduce. Where all is well nothing else is sent.
+HYBRID_SHARD that count as parts. So the ranks compare fingerprints, only of the shards that several ranks hold: 16
+bytes a shard in an all-reduce. Where all is well nothing else is sent.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor
 from . import fingerprint, rank_failures
 from .fingerprint import UNKNOWN
 from .handshake import first_to_say
-from .layout import Layout, Part
+from .layout import HeldShard, Layout
 from .local_tensors import gradient
 from .tensors import local
 
 if TYPE_CHECKING:
     from .optimizer import AlphaOptimizer
 
-PLACES = 2**17  # compared at a time: 2 MiB
-DESCRIBED = 2**10  # of the parts that differ, how many are measured
+IDS = 2**17  # compared at a time: 2 MiB
+DESCRIBED = 2**10  # of the shards that differ, how many are measured
 UNRELATED = 0.5
 """Relative deviation of two gradients beyond which they are not those of one parameter. Low precision and a backward
 that is not deterministic stay far below; gradients of different parameters are at 1.4, or at 1 where one is zero."""
@@ -43,7 +43,7 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Difference:
-    """The part that differs most between ranks that claim it, how many others do, and which ranks agree on it.
+    """The shard that differs most between ranks that claim it, how many others do, and which ranks agree on it.
 
     ``deviation`` is the largest from what the first of the ranks holds, as an L2 norm relative to the larger of both,
     to 10 %; inf where there are NaN.
@@ -67,24 +67,24 @@ def prove(layout: Layout, optimizer: AlphaOptimizer) -> None:
     """Compare what ranks claim to hold alike in a layout that was just built. Collective over its group, if it has one.
 
     Raises:
-        ValueError: at a fresh start, on all ranks, where copies differ or parts are copies. Later that is a warning,
-            once: replicas may drift apart, and a run that goes on must not die of it. Equal copies that get unrelated
-            gradients are a warning from the first step on.
+        ValueError: at a fresh start, on all ranks, where copies differ or different shards are copies. Later that is a
+            warning, once: replicas may drift apart, and a run that goes on must not die of it. Equal copies that get
+            unrelated gradients are a warning from the first step on.
     """
     before, group = optimizer._run.layout, layout.group
     layout.drift_told = before is not None and before.drift_told
     if group is None or layout.drift_told:
         return
     fresh = is_fresh(optimizer, group, layout.device, first=before is None)
-    without_whole = any(part.shard.global_numel is None for part in layout.parts)
+    without_whole = any(shard.global_numel is None for shard in layout.shards)
     by_rank = first_to_say(without_whole or None, group, layout.device, "are there shards without a whole?") is not None
-    grads = {part.param: gradient(part.param) for part in layout.parts} if fresh else {}
-    problem = _differing(layout, group) if layout.shared else None
+    grads = {shard.param: gradient(shard.param) for shard in layout.shards} if fresh else {}
+    problem = _differing(layout, group) if layout.replicas else None
     if problem is None and by_rank:
-        problem = _copies_taken_for_parts(layout, group, grads)
+        problem = _copies_taken_for_shards(layout, group, grads)
     if problem is not None:
         report(layout, problem, fresh=fresh)
-    elif grads and layout.shared:
+    elif grads and layout.replicas:
         unrelated = _with_unrelated_gradients(layout, group, grads)
         if unrelated is not None:
             _warn(unrelated)  # local SGD is meant to do so
@@ -123,7 +123,7 @@ def not_copies(difference: Difference) -> str:
 
 
 def _differing(layout: Layout, group: dist.ProcessGroup) -> str | None:
-    """What is wrong with the values of parts that several ranks hold. Collective, and the same on all ranks."""
+    """What is wrong with the values of shards that several ranks hold. Collective, and the same on all ranks."""
     difference = where_apart(layout, group, layout.device, "handshake (do replicas hold the same values?)")
     return None if difference is None else not_copies(difference)
 
@@ -131,11 +131,11 @@ def _differing(layout: Layout, group: dist.ProcessGroup) -> str | None:
 def _with_unrelated_gradients(
     layout: Layout, group: dist.ProcessGroup, grads: Mapping[Tensor, Tensor | None]
 ) -> str | None:
-    """What is wrong with the gradients of parts that several ranks hold. Collective, and the same on all ranks."""
-    parts, count = _copies(layout, group)
-    given = [_run(part, grads[part.param]) for part in parts]
+    """What is wrong with the gradients of shards that several ranks hold. Collective, and the same on all ranks."""
+    shards, count = _copies(layout, group)
+    given = [_elements(shard, grads[shard.param]) for shard in shards]
     what = "handshake (do replicas get the same gradients?)"
-    difference = _compare(parts, given, count, group, layout.device, what)
+    difference = _compare(shards, given, count, group, layout.device, what)
     if difference is None or not UNRELATED < difference.deviation < math.inf:
         return None
     return (
@@ -144,7 +144,7 @@ def _with_unrelated_gradients(
     )
 
 
-def _copies_taken_for_parts(
+def _copies_taken_for_shards(
     layout: Layout, group: dist.ProcessGroup, grads: Mapping[Tensor, Tensor | None]
 ) -> str | None:
     """What is wrong with the shards that are told apart by their ranks alone. Collective, the same on all ranks.
@@ -152,12 +152,12 @@ def _copies_taken_for_parts(
     Two ranks whose shards are all equal, bit for bit, hold copies. Shards of one value, as norms and biases are at
     first, prove nothing.
     """
-    telling = [part for part in layout.parts if part.shard.global_numel is None and fingerprint.varies(_values(part))]
-    values = fingerprint.fingerprints([_values(part) for part in telling])
-    given = fingerprint.fingerprints([_run(part, grads.get(part.param)) for part in telling])
+    telling = [shard for shard in layout.shards if shard.global_numel is None and fingerprint.varies(_values(shard))]
+    values = fingerprint.fingerprints([_values(shard) for shard in telling])
+    given = fingerprint.fingerprints([_elements(shard, grads.get(shard.param)) for shard in telling])
     numbers = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device="cpu")
     if telling:
-        names = [part.shard.key for part in telling]
+        names = [shard.key for shard in telling]
         numbers[dist.get_rank(group)] = fingerprint.joined(list(zip(names, values, given, strict=True)))
     numbers = _reduced(numbers, dist.ReduceOp.SUM, group, layout.device, "handshake (are shards copies?)")
     by_number = defaultdict(list)
@@ -174,15 +174,15 @@ def _copies_taken_for_parts(
 
 
 def to_compare(layout: Layout, group: dist.ProcessGroup) -> tuple[dict[int, int], int]:
-    """What replicas must hold alike, as numbers by place for ``places_apart``, and how many places there are.
+    """What replicas must hold alike, as numbers by replica_id for ``ids_apart``, and how many ids there are.
 
     Where the layout has no group every rank should hold everything, and one number stands for all.
     """
-    parts, count = _copies(layout, group)
-    numbers = fingerprint.fingerprints([_values(part) for part in parts])
+    shards, count = _copies(layout, group)
+    numbers = fingerprint.fingerprints([_values(shard) for shard in shards])
     if layout.group is None:
         return {0: fingerprint.joined(numbers)}, 1
-    return {part.place: number for part, number in zip(parts, numbers, strict=True)}, count
+    return {shard.replica_id: number for shard, number in zip(shards, numbers, strict=True)}, count
 
 
 def where_apart(layout: Layout, group: dist.ProcessGroup, device: torch.device, what: str) -> Difference | None:
@@ -190,51 +190,51 @@ def where_apart(layout: Layout, group: dist.ProcessGroup, device: torch.device, 
 
     Where the layout has no group all ranks must have parameters of the same names.
     """
-    parts, count = _copies(layout, group)
-    return _compare(parts, [_values(part) for part in parts], count, group, device, what)
+    shards, count = _copies(layout, group)
+    return _compare(shards, [_values(shard) for shard in shards], count, group, device, what)
 
 
-def _copies(layout: Layout, group: dist.ProcessGroup) -> tuple[list[Part], int]:
-    """This rank's parts that others hold too, each with its place, and how many places there are."""
+def _copies(layout: Layout, group: dist.ProcessGroup) -> tuple[list[HeldShard], int]:
+    """This rank's shards that others hold too, each with its replica_id, and how many ids there are."""
     if layout.group is not None:
-        return [part for part in layout.parts if part.place >= 0], layout.shared
-    first, parts = dist.get_rank(group) == 0, sorted(layout.parts, key=lambda part: part.shard.key)
-    return [replace(part, place=place, owned=first) for place, part in enumerate(parts)], len(parts)
+        return [shard for shard in layout.shards if shard.replica_id >= 0], layout.replicas
+    first, shards = dist.get_rank(group) == 0, sorted(layout.shards, key=lambda shard: shard.key)
+    return [replace(shard, replica_id=i, owned=first) for i, shard in enumerate(shards)], len(shards)
 
 
-def _values(part: Part) -> Tensor | None:
-    return _run(part, local(part.param))
+def _values(shard: HeldShard) -> Tensor | None:
+    return _elements(shard, local(shard.param))
 
 
-def _run(part: Part, tensor: Tensor | None) -> Tensor | None:
-    """A part's elements in its optimizer parameter's local tensor or gradient; None where they are not in memory."""
-    start, numel = part.shard.start, part.shard.numel
+def _elements(shard: HeldShard, tensor: Tensor | None) -> Tensor | None:
+    """A shard's elements in its optimizer parameter's local tensor or gradient; None where they are not in memory."""
+    start, numel = shard.start, shard.numel
     if tensor is None or tensor.layout != torch.strided or tensor.numel() < start + numel:
         return None
     return tensor if tensor.numel() == numel else tensor.reshape(-1)[start : start + numel]
 
 
 def _compare(
-    parts: Sequence[Part],
+    shards: Sequence[HeldShard],
     tensors: Sequence[Tensor | None],
     count: int,
     group: dist.ProcessGroup,
     device: torch.device,
     what: str,
 ) -> Difference | None:
-    """Where ranks hold different bits of one part: ``tensors`` is what this one holds of each. Collective.
+    """Where ranks hold different bits of one shard: ``tensors`` is what this one holds of each. Collective.
 
-    ``count`` is the number of all places, ``device`` that of what is sent, ``what`` the name where it fails.
+    ``count`` is the number of all ids, ``device`` that of what is sent, ``what`` the name where it fails.
     """
     fingerprints = fingerprint.fingerprints(tensors)
-    numbers = {part.place: number for part, number in zip(parts, fingerprints, strict=True)}
-    apart = places_apart(numbers, count, group, device, what)
+    numbers = {shard.replica_id: number for shard, number in zip(shards, fingerprints, strict=True)}
+    apart = ids_apart(numbers, count, group, device, what)
     if not apart:
         return None
-    mine = {part.place: (part, tensor) for part, tensor in zip(parts, tensors, strict=True)}
-    off = _deviations([mine.get(place) for place in apart[:DESCRIBED]], group, device, what)
+    mine = {shard.replica_id: (shard, tensor) for shard, tensor in zip(shards, tensors, strict=True)}
+    off = _deviations([mine.get(id) for id in apart[:DESCRIBED]], group, device, what)
     worst = apart[int(off.argmax())]
-    here = (mine[worst][0].shard.key, numbers[worst]) if numbers.get(worst, UNKNOWN) != UNKNOWN else None
+    here = (mine[worst][0].key, numbers[worst]) if numbers.get(worst, UNKNOWN) != UNKNOWN else None
     told: list[Any] = [None] * dist.get_world_size(group)
     with rank_failures.explaining(what, group):
         dist.all_gather_object(told, here, group=group)
@@ -247,14 +247,14 @@ def _compare(
 
 
 def _deviations(
-    held: Sequence[tuple[Part, Tensor | None] | None], group: dist.ProcessGroup, device: torch.device, what: str
+    held: Sequence[tuple[HeldShard, Tensor | None] | None], group: dist.ProcessGroup, device: torch.device, what: str
 ) -> Tensor:
-    """The largest relative deviation of any rank from the owner, float64 (n,) on the CPU, of n parts. Collective."""
+    """The largest relative deviation of any rank from the owner, float64 (n,) on the CPU, of n shards. Collective."""
     sketches = {}
-    for row, (part, tensor) in ((row, entry) for row, entry in enumerate(held) if entry is not None):
+    for row, (shard, tensor) in ((row, entry) for row, entry in enumerate(held) if entry is not None):
         sketch = fingerprint.sketch(tensor)
         if sketch is not None:
-            sketches[row] = part.owned, sketch
+            sketches[row] = shard.owned, sketch
     first = torch.zeros(len(held), fingerprint.BUCKETS + 1, dtype=torch.float64, device="cpu")
     for row, (owned, sketch) in sketches.items():
         if owned:
@@ -269,19 +269,19 @@ def _deviations(
     return _reduced(off, dist.ReduceOp.MAX, group, device, what)
 
 
-def places_apart(
+def ids_apart(
     numbers: Mapping[int, int], count: int, group: dist.ProcessGroup, device: torch.device, what: str
 ) -> list[int]:
-    """The places, of ``count``, for which two ranks have different numbers, ascending. Collective.
+    """The replica_ids, of ``count``, for which two ranks have different numbers, ascending. Collective.
 
-    A rank may have no number for a place, or UNKNOWN.
+    A rank may have no number for an id, or UNKNOWN.
     """
     apart: list[int] = []
-    for first in range(0, count, PLACES):
-        bounds = torch.full((2, min(PLACES, count - first)), UNKNOWN, device="cpu")
-        for place, number in numbers.items():
-            if first <= place < first + PLACES and number != UNKNOWN:
-                bounds[0, place - first], bounds[1, place - first] = number, -number
+    for first in range(0, count, IDS):
+        bounds = torch.full((2, min(IDS, count - first)), UNKNOWN, device="cpu")
+        for id, number in numbers.items():
+            if first <= id < first + IDS and number != UNKNOWN:
+                bounds[0, id - first], bounds[1, id - first] = number, -number
         largest, negated_smallest = _reduced(bounds, dist.ReduceOp.MAX, group, device, what)
         apart += (first + (largest != -negated_smallest).nonzero().squeeze(1)).tolist()
     return apart

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import rank_failures, rule
-from .layout import Layout, Slot
+from .layout import Layout, Segment
 
 INITIAL_STATE = [0.0, 1.0, 0.0, 0.0]  # alphaadam_state = [T, alpha, A, C] before the first step
 
@@ -55,22 +55,22 @@ class Statistics:
         if self.sync == "delayed":
             self._alpha = self._alpha_of(self._memory[2:])
 
-    def add(self, slots: tuple[Slot, ...], counts: Tensor) -> None:
-        """Add the counts, int64 (n, 2), of n slots; those of slots that another rank owns are dropped."""
+    def add(self, segments: tuple[Segment, ...], counts: Tensor) -> None:
+        """Add the counts, int64 (n, 2), of n segments; those of segments that another rank owns are dropped."""
         assert self.layout is not None
-        if not slots:
+        if not segments:
             return
-        rows, owned, numel = self.layout.gather(slots)
+        rows, owned, numel = self.layout.indices(segments)
         mine = counts.to(self.layout.device, torch.float64) * owned[:, None]
         self._buffer[: 2 * self.layout.rows].view(-1, 2).index_add_(0, rows, mine)
         if self.scope == "global":
             self._buffer[2].add_(numel)
 
-    def add_norms(self, slots: tuple[Slot, ...], squared_norms: Tensor) -> None:
-        """Add squared gradient norms, float64 (n,), of n slots, as ``add`` does counts."""
+    def add_norms(self, segments: tuple[Segment, ...], squared_norms: Tensor) -> None:
+        """Add squared gradient norms, float64 (n,), of n segments, as ``add`` does counts."""
         assert self.layout is not None
-        if slots:
-            _, owned, _ = self.layout.gather(slots)
+        if segments:
+            _, owned, _ = self.layout.indices(segments)
             self._buffer[-1].add_((squared_norms.to(self.layout.device) * owned).sum())
 
     def reduce_norm(self) -> None:
@@ -106,12 +106,12 @@ class Statistics:
                     raise self._lost(error) from error
             self._remember(self._counts(buffer), self._alpha[0])
 
-    def strengths(self, slots: tuple[Slot, ...]) -> Tensor:
-        """f where each of n slots agrees and where it conflicts: float64 (n, 2)."""
+    def strengths(self, segments: tuple[Segment, ...]) -> Tensor:
+        """f where each of n segments agrees and where it conflicts: float64 (n, 2)."""
         assert self.layout is not None
         f_agree, f_conflict = rule.strengths(self._alpha, self._applied, self.gamma, self.alpha_warmup)
         by_row = torch.stack((f_agree, f_conflict.expand_as(f_agree)), dim=1)
-        return by_row.expand(len(slots), 2) if self.scope == "global" else by_row[self.layout.gather(slots)[0]]
+        return by_row.expand(len(segments), 2) if self.scope == "global" else by_row[self.layout.indices(segments)[0]]
 
     def clip_coefficient(self) -> Tensor | None:
         """min(1, clip_norm / (norm + 1e-6)), 0-dim float64, as in torch's clip_grad_norm_; None without clipping."""

@@ -92,7 +92,7 @@ def _tables_of_all(sizes: tuple[int, ...], placements: tuple[Placement, ...]) ->
     for i, (name, shape) in enumerate(shapes().items()):
         rows = [len(chunk) for chunk in torch.arange(shape[0]).chunk(sizes[-1])]
         rows += [0] * (sizes[-1] - len(rows))
-        parts = [dtensor.part(placements, [0] * (len(sizes) - 1) + [index]) for index in range(sizes[-1])]
+        parts = [dtensor.place(placements, [0] * (len(sizes) - 1) + [index]) for index in range(sizes[-1])]
         by_shard[:, i, 0] = _hash(name)
         by_shard[:, i, 1] = torch.tensor([_hash((name, part)) for part in parts])
         by_shard[:, i, 2] = torch.tensor(rows) * torch.Size(shape[1:]).numel()
@@ -132,7 +132,7 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
             replicas.prove(layout, optimizer)
             seconds = time.process_time() - start
         statistics.open(layout)
-        owned = {slot.owned for slots in layout.slots.values() for slot in slots}
+        owned = {segment.owned for segments in layout.segments.values() for segment in segments}
         assert len(owned) == 1, "of a model in one mesh a rank owns all it holds, or nothing"
         return AtRank(rank, received, peak[0], statistics._buffer.nbytes, seconds, layout.numel, owned.pop())
     finally:

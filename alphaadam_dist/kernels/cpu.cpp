@@ -3,7 +3,7 @@
 // An element's result depends on its own values alone, never on its place or on the number of threads: every operation
 // is rounded by itself (-ffp-contract=off; the fused multiply-adds written out are those of torch's AdamW), so the
 // vector body and the scalar tail that the compiler makes of a loop give the same bits. Counts are integers. Squared
-// norms are summed over fixed pieces in a fixed order.
+// norms are summed over fixed chunks in a fixed order.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -25,31 +25,31 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr int64_t kPiece = 1 << 18;    // elements a thread takes at a time: long runs, for the memory prefetcher
+constexpr int64_t kChunk = 1 << 18;    // elements a thread takes at a time: long runs, for the memory prefetcher
 constexpr int64_t kBlock = 1 << 10;    // of them, those converted from 16 bits at a time
 constexpr int64_t kAlone = 1 << 15;    // elements that one thread does faster than several
 constexpr int kLanes = 16;             // partial sums of a norm
 
-struct Piece {
+struct Chunk {
   int64_t tensor, begin, size;
 };
 
-std::vector<Piece> pieces_of(TensorList tensors) {
-  std::vector<Piece> pieces;
+std::vector<Chunk> chunks_of(TensorList tensors) {
+  std::vector<Chunk> chunks;
   for (size_t i = 0; i < tensors.size(); ++i)
-    for (int64_t begin = 0, numel = tensors[i].numel(); begin < numel; begin += kPiece)
-      pieces.push_back({static_cast<int64_t>(i), begin, std::min(kPiece, numel - begin)});
-  return pieces;
+    for (int64_t begin = 0, numel = tensors[i].numel(); begin < numel; begin += kChunk)
+      chunks.push_back({static_cast<int64_t>(i), begin, std::min(kChunk, numel - begin)});
+  return chunks;
 }
 
-// body(index, piece) for every piece, on torch's threads.
+// body(index, chunk) for every chunk, on torch's threads.
 template <typename Body>
-void for_each(TensorList tensors, const std::vector<Piece>& pieces, const Body& body) {
+void for_each(TensorList tensors, const std::vector<Chunk>& chunks, const Body& body) {
   int64_t elements = 0;
   for (const Tensor& tensor : tensors) elements += tensor.numel();
-  const int64_t count = static_cast<int64_t>(pieces.size());
+  const int64_t count = static_cast<int64_t>(chunks.size());
   at::parallel_for(0, count, elements <= kAlone ? count : 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i, pieces[i]);
+    for (int64_t i = first; i < last; ++i) body(i, chunks[i]);
   });
 }
 
@@ -74,18 +74,18 @@ void widen(const G* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-// body(offset, gradient in T, n) over a piece, in blocks where the gradient is converted.
+// body(offset, gradient in T, n) over a chunk, in blocks where the gradient is converted.
 template <typename T, typename G, typename Body>
-void with_gradient(const Tensor& grad, const Piece& piece, const Body& body) {
-  const G* g = grad.const_data_ptr<G>() + piece.begin;
+void with_gradient(const Tensor& grad, const Chunk& chunk, const Body& body) {
+  const G* g = grad.const_data_ptr<G>() + chunk.begin;
   if constexpr (std::is_same_v<G, T>) {
-    body(piece.begin, g, piece.size);
+    body(chunk.begin, g, chunk.size);
   } else {
     T block[kBlock];
-    for (int64_t at = 0; at < piece.size; at += kBlock) {
-      const int64_t n = std::min(kBlock, piece.size - at);
+    for (int64_t at = 0; at < chunk.size; at += kBlock) {
+      const int64_t n = std::min(kBlock, chunk.size - at);
       widen(g + at, block, n);
-      body(piece.begin + at, static_cast<const T*>(block), n);
+      body(chunk.begin + at, static_cast<const T*>(block), n);
     }
   }
 }
@@ -187,7 +187,7 @@ struct Sgd {
   }
 };
 
-// ---- passes over one piece
+// ---- passes over one chunk
 
 struct Counts {
   int64_t agree = 0, conflict = 0;
@@ -268,12 +268,12 @@ bool serves(std::initializer_list<TensorList> lists) {
 
 Tensor not_served() { return at::zeros({0, 2}, at::kLong); }
 
-Tensor sum_by_tensor(const std::vector<Piece>& pieces, const std::vector<Counts>& counted, size_t tensors) {
+Tensor sum_by_tensor(const std::vector<Chunk>& chunks, const std::vector<Counts>& counted, size_t tensors) {
   Tensor counts = at::zeros({static_cast<int64_t>(tensors), 2}, at::kLong);
   int64_t* row = counts.mutable_data_ptr<int64_t>();
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    row[2 * pieces[i].tensor] += counted[i].agree;
-    row[2 * pieces[i].tensor + 1] += counted[i].conflict;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    row[2 * chunks[i].tensor] += counted[i].agree;
+    row[2 * chunks[i].tensor + 1] += counted[i].conflict;
   }
   return counts;
 }
@@ -281,15 +281,15 @@ Tensor sum_by_tensor(const std::vector<Piece>& pieces, const std::vector<Counts>
 // Counts (n, 2) and squared norms of the scaled gradients (n), or an empty tensor.
 std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms) {
   if (!serves({grads, moments})) return {not_served(), at::zeros({0}, at::kDouble)};
-  const auto pieces = pieces_of(grads);
-  std::vector<Counts> counted(pieces.size());
-  std::vector<double> squared(norms ? pieces.size() : 0);
-  for_each(grads, pieces, [&](int64_t i, const Piece& piece) {
-    const Tensor &grad = grads[piece.tensor], &moment = moments[piece.tensor];
+  const auto chunks = chunks_of(grads);
+  std::vector<Counts> counted(chunks.size());
+  std::vector<double> squared(norms ? chunks.size() : 0);
+  for_each(grads, chunks, [&](int64_t i, const Chunk& chunk) {
+    const Tensor &grad = grads[chunk.tensor], &moment = moments[chunk.tensor];
     typed(moment, grad, [&]<typename T, typename G>() {
       const T* m = moment.const_data_ptr<T>();
       const T factor = static_cast<T>(scale), bound = static_cast<T>(threshold);
-      with_gradient<T, G>(grad, piece, [&](int64_t at, const T* g, int64_t n) {
+      with_gradient<T, G>(grad, chunk, [&](int64_t at, const T* g, int64_t n) {
         const Counts some = threshold > 0 ? judge<true>(g, m + at, n, factor, bound)
                                           : judge<false>(g, m + at, n, factor, bound);
         counted[i].agree += some.agree;
@@ -300,8 +300,8 @@ std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double th
   });
   Tensor squared_norms = at::zeros({norms ? static_cast<int64_t>(grads.size()) : 0}, at::kDouble);
   for (size_t i = 0; i < squared.size(); ++i)
-    squared_norms.mutable_data_ptr<double>()[pieces[i].tensor] += squared[i];
-  return {sum_by_tensor(pieces, counted, grads.size()), squared_norms};
+    squared_norms.mutable_data_ptr<double>()[chunks[i].tensor] += squared[i];
+  return {sum_by_tensor(chunks, counted, grads.size()), squared_norms};
 }
 
 // One update of tensors that share hyperparameters: for each its direction, made by `direct` for (T, index).
@@ -309,18 +309,18 @@ template <typename Direct>
 Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList seconds, const Tensor& strengths,
               double threshold, double scale, const Direct& direct) {
   if (!serves({grads, params, firsts, seconds})) return not_served();
-  const auto pieces = pieces_of(params);
-  std::vector<Counts> counted(pieces.size());
+  const auto chunks = chunks_of(params);
+  std::vector<Counts> counted(chunks.size());
   const Tensor by_tensor = strengths.contiguous();
-  for_each(params, pieces, [&](int64_t i, const Piece& piece) {
-    const int64_t t = piece.tensor;
+  for_each(params, chunks, [&](int64_t i, const Chunk& chunk) {
+    const int64_t t = chunk.tensor;
     const double* f = by_tensor.const_data_ptr<double>() + 2 * t;
     typed(firsts[t], grads[t], [&]<typename T, typename G>() {
       const Mask<T> mask{static_cast<T>(scale), static_cast<T>(threshold), static_cast<T>(f[0]), static_cast<T>(f[1])};
       const auto direction = direct.template operator()<T>(t);
       T *p = params[t].mutable_data_ptr<T>(), *m = firsts[t].mutable_data_ptr<T>();
       T* v = seconds.empty() ? nullptr : seconds[t].mutable_data_ptr<T>();
-      with_gradient<T, G>(grads[t], piece, [&](int64_t at, const T* g, int64_t n) {
+      with_gradient<T, G>(grads[t], chunk, [&](int64_t at, const T* g, int64_t n) {
         const Counts some = threshold > 0 ? sweep<true>(p + at, g, m + at, v + at, n, mask, direction)
                                           : sweep<false>(p + at, g, m + at, v + at, n, mask, direction);
         counted[i].agree += some.agree;
@@ -331,7 +331,7 @@ Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList
   for (const TensorList list : {params, firsts, seconds})
     for (const Tensor& tensor : list)
       if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  return sum_by_tensor(pieces, counted, params.size());
+  return sum_by_tensor(chunks, counted, params.size());
 }
 
 Tensor adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,

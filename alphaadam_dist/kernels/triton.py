@@ -1,7 +1,7 @@
 """The GPU kernels, in Triton: a list of shards is one launch, however many and however small they are.
 
 A launch reads its tensors through a table of pointers. Each program takes up to ``CHUNK`` elements of one tensor, so no
-bit depends on where an element lies. Counts are added up as integers, norms over fixed pieces in a fixed order. All
+bit depends on where an element lies. Counts are added up as integers, norms over fixed chunks in a fixed order. All
 numbers come from device memory, in float64, and are rounded to the state's dtype where they are used: nothing here
 waits for the device, and a CUDA graph may hold the whole step.
 

@@ -1,9 +1,18 @@
 """What an optimizer parameter holds of the model, one file per kind of sharding.
 
-A **shard** is a run of elements of one model parameter inside the flattened local storage of an optimizer parameter.
-A plain tensor or a DTensor holds one; a flat partition, as ZeRO and FSDP1 make them, holds many and may end in
-padding, which belongs to no shard. Two ranks hold the same elements of a model parameter exactly when ``key`` and
-``part`` are equal: that is all that layout.py needs to count every element once.
+The words of this library, which all of it uses:
+
+flat: an optimizer parameter that a backend made of many model parameters, as ZeRO and FSDP1 do.
+shard: consecutive elements of one model parameter in the flattened local tensor of an optimizer parameter. A plain
+    tensor or a DTensor holds one, a flat holds many.
+padding: elements of a flat that are of no shard.
+segment: what a kernel takes at a time: a shard, padding, or a whole flat where nothing in it must be told apart.
+owner: of the ranks that hold a shard the one that counts it.
+replica: a shard that another rank holds too.
+layout: where all segments are, which this rank owns, and the ranks that reduce together.
+
+Two ranks hold the same elements of a model parameter exactly when ``key`` and ``place`` of their shards are equal.
+That is all that layout.py needs to count every element once.
 """
 
 from __future__ import annotations
@@ -19,18 +28,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of elements of one model parameter.
+    """Consecutive elements of one model parameter.
 
     Attributes:
         key: which parameter of the model; equal names of different parameters must differ here.
-        part: which part of it; equal on two ranks exactly when they hold the same elements.
+        place: which elements of it; equal on two ranks exactly when they hold the same elements.
         start: first element in the optimizer parameter's flattened local tensor.
         numel: number of elements.
         global_numel: number of elements of the whole model parameter, None where no rank knows it.
     """
 
     key: str
-    part: Hashable
+    place: Hashable
     start: int
     numel: int
     global_numel: int | None
@@ -38,7 +47,7 @@ class Shard:
     @property
     def replicated(self) -> bool:
         """Every rank holds the whole parameter."""
-        return self.part == ()
+        return self.place == ()
 
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
@@ -64,21 +73,21 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
     return dict(zip(whole, cleaned if len(set(cleaned)) == len(whole) else whole, strict=True))
 
 
-def cut(pieces: Sequence[Tensor], runs: Iterable[tuple[int, int, T]]) -> Iterator[tuple[T, int, Tensor]]:
-    """Cut a flat tensor given in pieces along runs: (label, start, 1-D view) for every overlap, in order.
+def cut(tensors: Sequence[Tensor], segments: Iterable[tuple[int, int, T]]) -> Iterator[tuple[T, int, Tensor]]:
+    """Cut a flat tensor, given as tensors that concatenate to it: (label, start, 1-D view) of every overlap, in order.
 
-    ``pieces`` concatenate to the flat (each is read flattened and must be contiguous where it has more than one
-    dimension); ``runs`` are (start, numel, label), ascending and disjoint. Elements of no run are left out.
+    Each tensor is read flattened and must be contiguous where it has more than one dimension. ``segments`` are (start,
+    numel, label), ascending and disjoint. Elements of no segment are left out.
     """
-    position, rest = 0, iter(pieces)
-    piece = next(rest, None)
-    for start, numel, label in runs:
+    position, rest = 0, iter(tensors)
+    tensor = next(rest, None)
+    for start, numel, label in segments:
         end = start + numel
-        while piece is not None and start < end:
-            if position + piece.numel() <= start:
-                position += piece.numel()
-                piece = next(rest, None)
+        while tensor is not None and start < end:
+            if position + tensor.numel() <= start:
+                position += tensor.numel()
+                tensor = next(rest, None)
                 continue
-            stop = min(end, position + piece.numel())
-            yield label, start, piece.reshape(-1)[start - position : stop - position]
+            stop = min(end, position + tensor.numel())
+            yield label, start, tensor.reshape(-1)[start - position : stop - position]
             start = stop

@@ -25,9 +25,9 @@ def shards(param: DTensor, key: str) -> list[Shard]:
     coordinate = param.device_mesh.get_coordinate()
     if coordinate is None:  # this rank is outside the parameter's mesh and holds nothing of it
         return [Shard(key, ("outside",), 0, 0, param.numel())]
-    return [Shard(key, part(param.placements, coordinate), 0, param.to_local().numel(), param.numel())]
+    return [Shard(key, place(param.placements, coordinate), 0, param.to_local().numel(), param.numel())]
 
 
-def part(placements: Sequence[Placement], coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def place(placements: Sequence[Placement], coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """(mesh dimension, coordinate) for every dimension that splits the tensor."""
     return tuple((dim, coordinate[dim]) for dim, placement in enumerate(placements) if not placement.is_replicate())

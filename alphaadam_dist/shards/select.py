@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from . import Shard, dtensor, fsdp1, plain
+from . import Shard, dtensor, fsdp1
 
 
 def shards_of(param: Tensor, key: str, *, named: bool, sharding: str, group: dist.ProcessGroup | None) -> list[Shard]:
@@ -22,17 +22,24 @@ def shards_of(param: Tensor, key: str, *, named: bool, sharding: str, group: dis
     if isinstance(param, DTensor):
         return dtensor.shards(param, key)
     if sharding == "replicated":
-        return plain.shards(param, key)
+        return _plain(param, key)
     if fsdp1.marked(param):
         return fsdp1.shards(param, key, None if group is None and sharding == "auto" else _rank(sharding, group))
     if sharding == "sharded":
-        return plain.shards(param, key, _rank(sharding, group))
+        return _plain(param, key, _rank(sharding, group))
     if group is not None and not named:
         raise ValueError(
             f"process_group={group!r} with plain tensors that have no names: on another pipeline stage {key!r} may be "
             "another parameter. Give the optimizer model.named_parameters()"
         )
-    return plain.shards(param, key)
+    return _plain(param, key)
+
+
+def _plain(param: Tensor, key: str, rank: int | None = None) -> list[Shard]:
+    """The one shard of a plain tensor: the whole of it, or where ``rank`` is given what that rank holds of it."""
+    if rank is None:
+        return [Shard(key, (), 0, param.numel(), param.numel())]
+    return [Shard(key, (rank,), 0, param.numel(), None)]
 
 
 def _rank(sharding: str, group: dist.ProcessGroup | None) -> int:

@@ -60,7 +60,7 @@ def _use_layout(
     layout = build_layout(
         flats,
         shards,
-        wrapper.extents(),
+        wrapper.numels(),
         scope=optimizer.defaults["scope"],
         group=wrapper.group,
         device=statistics_device(flats, wrapper.group),

@@ -166,7 +166,7 @@ class Wrapper(ABC):
     def flats(self) -> list[Tensor]:
         """The tensors that the optimizer steps, in order."""
 
-    def extents(self) -> list[int]:
+    def numels(self) -> list[int]:
         """Elements of each, padding included."""
         return [flat.numel() for flat in self.flats()]
 
@@ -296,7 +296,7 @@ class Bf16(AtOnce):
     def shards(self, names: dict[Tensor, str]) -> list[list[Shard]]:
         held = []
         for params, size, group in zip(
-            self.zero.bf16_groups, self.extents(), self.zero.real_dp_process_group, strict=True
+            self.zero.bf16_groups, self.numels(), self.zero.real_dp_process_group, strict=True
         ):
             held.append(_slice_of_flat(params, [0] * len(params), size, group, names))
         return held
@@ -333,7 +333,7 @@ class Stage1And2(InParts):
             for params, paddings, size, group in zip(
                 self.zero.round_robin_bit16_groups,
                 self.zero.round_robin_bit16_padding,
-                self.extents(),
+                self.numels(),
                 self.zero.real_dp_process_group,
                 strict=True,
             )
@@ -406,7 +406,7 @@ class Stage3(InParts):
     def flats(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
 
-    def extents(self) -> list[int]:
+    def numels(self) -> list[int]:
         # not the flats' own sizes: those that lie on NVMe are empty
         return [sum(param.partition_numel() for param in params) for params in self.zero.fp16_groups]
 

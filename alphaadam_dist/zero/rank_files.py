@@ -34,7 +34,7 @@ class RankFiles:
         names: Iterable[str],
     ) -> None:
         """``group``: of the ranks that hold the model. ``names``: of all parameters."""
-        divided = [[(shard.key, shard.part, shard.start, shard.numel) for shard in held] for held in shards]
+        divided = [[(shard.key, shard.place, shard.start, shard.numel) for shard in held] for held in shards]
         self._optimizer, self._group = optimizer, group
         self._mine = [dist.get_rank(group), dist.get_world_size(group), _hash(sorted(names)), _hash(divided)]
         self.mark()

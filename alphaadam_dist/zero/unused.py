@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..layout import Layout, Slot
+from ..layout import Layout, Segment
 from ..optimizer import AlphaOptimizer
 from ..shards import Shard
 from .internals import AtOnce, InParts, Replicated
@@ -122,32 +122,32 @@ def _without(
     late: Mapping[str, int],
 ) -> Layout:
     """The layout without the runs of some parameters, the others' with how many updates they are behind their flat."""
-    slots = dict(layout.slots)
+    segments = dict(layout.segments)
     for flat, held in zip(flats, shards, strict=True):
         starts = [shard.start for shard in held]
-        kept: list[Slot] = []
-        for slot in layout.slots[flat]:
-            first, last = bisect_left(starts, slot.start), bisect_left(starts, slot.start + slot.numel)
-            kept += _runs(slot, held[first:last], absent, late)
+        kept: list[Segment] = []
+        for segment in layout.segments[flat]:
+            first, last = bisect_left(starts, segment.start), bisect_left(starts, segment.start + segment.numel)
+            kept += _runs(segment, held[first:last], absent, late)
         # a flat of which nothing is left is stepped as well, with no elements, so that its count goes on
-        slots[flat] = tuple(kept) or (Slot(0, 0, 0, owned=False, whole=False),)
-    return dataclasses.replace(layout, slots=slots, _gathered={})
+        segments[flat] = tuple(kept) or (Segment(0, 0, 0, owned=False, whole=False),)
+    return dataclasses.replace(layout, segments=segments, _indices={})
 
 
-def _runs(slot: Slot, shards: Sequence[Shard], absent: Set[str], late: Mapping[str, int]) -> Iterator[Slot]:
-    """What is stepped of a slot that covers these shards, in runs of equal lateness.
+def _runs(segment: Segment, shards: Sequence[Shard], absent: Set[str], late: Mapping[str, int]) -> Iterator[Segment]:
+    """What is stepped of a segment that covers these shards, in runs of equal lateness.
 
     Padding goes with the shard before it.
     """
     labels = [None if shard.key in absent else late.get(shard.key, 0) for shard in shards] or [0]
-    starts = [slot.start, *(shard.start for shard in shards[1:])]
+    starts = [segment.start, *(shard.start for shard in shards[1:])]
     runs = [(next(run), label) for label, run in groupby(range(len(labels)), labels.__getitem__)]
-    ends = [starts[first] for first, _ in runs[1:]] + [slot.start + slot.numel]
+    ends = [starts[first] for first, _ in runs[1:]] + [segment.start + segment.numel]
     for (first, label), end in zip(runs, ends, strict=True):
         if label is not None:
             numel = end - starts[first]
-            whole = slot.whole and numel == slot.numel
-            yield dataclasses.replace(slot, start=starts[first], numel=numel, whole=whole, late=label)
+            whole = segment.whole and numel == segment.numel
+            yield dataclasses.replace(segment, start=starts[first], numel=numel, whole=whole, late=label)
 
 
 def watch_zero_filled(engine: Any, optimizer: AlphaOptimizer, wrapper: AtOnce, names: Mapping[Tensor, str]) -> None:

@@ -51,8 +51,8 @@ def coordinate_zero_owns(patch: pytest.MonkeyPatch) -> None:
 
     def built(*args: Any, **kwargs: Any) -> layout.Layout:
         layout = build(*args, **kwargs)
-        for param, slots in layout.slots.items():
-            layout.slots[param] = tuple(dataclasses.replace(slot, owned=owns(param)) for slot in slots)
+        for param, segments in layout.segments.items():
+            layout.segments[param] = tuple(dataclasses.replace(segment, owned=owns(param)) for segment in segments)
         return layout
 
     patch.setattr(optimizer, "build_layout", built)

@@ -65,7 +65,7 @@ def flat_shards(world_numel: int) -> Any:
     model = sharded(False)
     (flat,) = (p for n, p in model.named_parameters() if n.endswith("_flat_param"))
     held = fsdp1.shards(flat, "_flat_param", dist.get_rank())
-    return [(s.key, s.part, s.start, s.numel, s.global_numel) for s in held], flat.numel()
+    return [(s.key, s.place, s.start, s.numel, s.global_numel) for s in held], flat.numel()
 
 
 def test_a_flat_parameter_knows_its_parts_and_not_its_padding() -> None:

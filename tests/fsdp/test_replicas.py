@@ -393,7 +393,7 @@ def without_memory() -> int:
     here, nowhere = nn.Parameter(torch.ones(4)), nn.Parameter(torch.full((4,), float(dist.get_rank())))
     nowhere.untyped_storage().resize_(0)  # as where it lies on disk
     layout = AlphaAdam([("here", here), ("nowhere", nowhere)], process_group=dist.group.WORLD)._current_layout()
-    return layout.shared
+    return layout.replicas
 
 
 def test_parameters_that_are_not_in_memory_are_not_compared() -> None:

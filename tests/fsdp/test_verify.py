@@ -98,7 +98,7 @@ def a_collective_more(patch: pytest.MonkeyPatch) -> None:
 
 def too_large_a_step(patch: pytest.MonkeyPatch) -> None:
     strengths = statistics.Statistics.strengths
-    patch.setattr(statistics.Statistics, "strengths", lambda self, slots: 1.02 * strengths(self, slots))
+    patch.setattr(statistics.Statistics, "strengths", lambda self, segments: 1.02 * strengths(self, segments))
 
 
 def rows(names: tuple[str, ...], settings: tuple[str, ...], fault: str = "") -> list[run.Row]:

@@ -257,8 +257,8 @@ def every_rank_owns() -> Iterator[None]:
 
     def build(*args: Any, **kwargs: Any) -> Layout:
         layout = real(*args, **kwargs)
-        slots = {p: tuple(replace(slot, owned=True) for slot in held) for p, held in layout.slots.items()}
-        return replace(layout, slots=slots)
+        segments = {p: tuple(replace(segment, owned=True) for segment in held) for p, held in layout.segments.items()}
+        return replace(layout, segments=segments)
 
     optimizer_module.build_layout = build
     try:

@@ -169,8 +169,8 @@ def test_without_a_group_everything_is_owned_here() -> None:
     built = made([[Shard("a", (), 0, 4, 4)], [Shard("b", (), 0, 3, 3)]], [4, 3])
     assert (built.rows, built.numel, built.group, built.keys) == (1, 7, None, {})
     for param, numel in zip(built.params, (4, 3), strict=True):
-        (slot,) = built.slots[param]
-        assert (slot.start, slot.numel, slot.row, slot.owned, slot.whole) == (0, numel, 0, True, True)
+        (segment,) = built.segments[param]
+        assert (segment.start, segment.numel, segment.row, segment.owned, segment.whole) == (0, numel, 0, True, True)
 
 
 def test_layer_scope_has_a_row_for_each_parameter_and_its_name() -> None:
@@ -178,7 +178,7 @@ def test_layer_scope_has_a_row_for_each_parameter_and_its_name() -> None:
     built = made(held, [8, 3], scope="layer", names=["a", "b", "c", "elsewhere"])
     assert built.rows == 3
     assert set(built.keys.values()) == {"a", "b", "c"}
-    flat = [(built.keys[s.row], s.start, s.numel, s.owned, s.whole) for p in built.params for s in built.slots[p]]
+    flat = [(built.keys[s.row], s.start, s.numel, s.owned, s.whole) for p in built.params for s in built.segments[p]]
     assert flat == [
         ("a", 0, 4, True, False),
         ("b", 4, 2, True, False),
@@ -192,27 +192,27 @@ def test_layer_scope_has_a_row_for_each_parameter_and_its_name() -> None:
 def test_merge_makes_one_run_of_what_is_all_owned() -> None:
     held = [[Shard("a", (), 0, 4, 4), Shard("b", (), 4, 2, 2)]]
     built = made(held, [8], merge=True)
-    (slot,) = built.slots[built.params[0]]
-    assert (slot.start, slot.numel, slot.owned, slot.whole) == (0, 8, True, True)
+    (segment,) = built.segments[built.params[0]]
+    assert (segment.start, segment.numel, segment.owned, segment.whole) == (0, 8, True, True)
     assert built.numel == 6
-    assert len(made(held, [8], merge=True, scope="layer").slots) == 1
+    assert len(made(held, [8], merge=True, scope="layer").segments) == 1
     by_layer = made(held, [8], merge=True, scope="layer")
-    assert len(by_layer.slots[by_layer.params[0]]) == 3
+    assert len(by_layer.segments[by_layer.params[0]]) == 3
 
 
 def test_an_empty_shard_is_whole() -> None:
     built = made([[Shard("a", (), 0, 0, 0)]], [0])
-    assert [(s.numel, s.whole) for s in built.slots[built.params[0]]] == [(0, True)]
+    assert [(s.numel, s.whole) for s in built.segments[built.params[0]]] == [(0, True)]
 
 
-def test_gather_gives_rows_ownership_and_numbers() -> None:
+def test_indices_are_rows_ownership_and_numbers() -> None:
     built = made([[Shard("a", (), 0, 4, 4), Shard("b", (), 6, 2, 2)]], [9], scope="layer")
-    slots = built.slots[built.params[0]]
-    rows, owned, numel = built.gather(slots)
+    segments = built.segments[built.params[0]]
+    rows, owned, numel = built.indices(segments)
     assert [built.keys[r] for r in rows.tolist()] == ["a", "b", "b", "b"]
     assert owned.tolist() == [1, 0, 1, 0]
     assert (owned.dtype, numel) == (torch.float64, 6)
-    assert built.gather(slots)[0] is rows
+    assert built.indices(segments)[0] is rows
 
 
 @pytest.mark.parametrize("where", ["one parameter", "two parameters"])
@@ -235,8 +235,8 @@ def owned_by_each(table: list[list[tuple[str, Any, int, int | None]]]) -> Any:
         built = made(held, [shards[0].numel for shards in held], group=group, scope="layer")
     except ValueError as error:
         return str(error)
-    slots = [built.slots[param][0] for param in built.params]
-    return [s.owned for s in slots], built.numel, built.rows, [built.keys[s.row] for s in slots]
+    segments = [built.segments[param][0] for param in built.params]
+    return [s.owned for s in segments], built.numel, built.rows, [built.keys[s.row] for s in segments]
 
 
 def test_the_lowest_rank_that_holds_a_part_owns_it(ranks4: Ranks) -> None:
