@@ -23,8 +23,7 @@ class AlphaAdam(AlphaOptimizer):
         betas: decay rates of the first and second moment. Per group.
         eps: added to the root of the second moment. Per group.
         weight_decay: decoupled, never masked. Per group.
-        family: gamma, alpha_max, threshold, alpha_warmup, scope, sync, clip_norm, sharding, process_group, fused,
-            capturable, maximize, verify_every: see AlphaOptimizer. gamma=1 is AdamW.
+        family: the options of FamilyOptions.
 
     Raises:
         TypeError: an unknown option.

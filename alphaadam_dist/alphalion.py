@@ -22,8 +22,7 @@ class AlphaLion(AlphaOptimizer):
         lr: learning rate, Lion's: 3 to 10 times smaller than AdamW's. A one-element tensor is taken too. Per group.
         betas: weight of the momentum in the direction, and its decay rate. Per group.
         weight_decay: decoupled, never masked; 3 to 10 times larger than AdamW's. Per group.
-        family: gamma, alpha_max, threshold, alpha_warmup, scope, sync, clip_norm, sharding, process_group, fused,
-            capturable, maximize, verify_every: see AlphaOptimizer. gamma=1 is Lion.
+        family: the options of FamilyOptions.
 
     Raises:
         TypeError: an unknown option.

@@ -25,8 +25,7 @@ class AlphaSGD(AlphaOptimizer):
         momentum: what stays of the momentum from step to step, more than 0: the masks read it. Per group.
         weight_decay: decoupled (torch.optim.SGD's is not), never masked. Per group.
         nesterov: step along the gradient plus the decayed momentum. Per group.
-        family: gamma, alpha_max, threshold, alpha_warmup, scope, sync, clip_norm, sharding, process_group, fused,
-            capturable, maximize, verify_every: see AlphaOptimizer. gamma=1 is SGD.
+        family: the options of FamilyOptions.
 
     Raises:
         TypeError: an unknown option.

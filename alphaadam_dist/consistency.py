@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
 from . import options, rank_failures, replicas
 from .kernels import consensus
 from .layout import Layout, statistics_device
+from .persistence import Persistent
 from .statistics import Statistics
 
-if TYPE_CHECKING:
-    from .optimizer import AlphaOptimizer
 
-
-def check(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> None:
+def check(optimizer: Persistent, layout: Layout, statistics: Statistics) -> None:
     """Compare with the other ranks, replicas too, what must be equal on all. Collective; synchronises.
 
     Warns, once, where replicas hold different parameters.
@@ -66,12 +64,13 @@ def _disagreement(held: Mapping[str, Any], group: dist.ProcessGroup, what: str) 
     )
 
 
-def _held(optimizer: AlphaOptimizer, layout: Layout, statistics: Statistics) -> dict[str, Any]:
+def _held(optimizer: Persistent, layout: Layout, statistics: Statistics) -> dict[str, Any]:
     held: dict[str, Any] = dict(zip(("T", "alpha", "A", "C"), statistics.state(), strict=True))
-    if optimizer.defaults["scope"] == "layer":
+    chosen = optimizer._run.options
+    if chosen.scope == "layer":
         held["alpha by layer"] = statistics.alphas()
-    held |= {name: optimizer.defaults[name] for name in options.SHARED}
-    held["kernels"] = consensus.taken(optimizer.defaults, layout)
+    held |= {name: getattr(chosen, name) for name in options.SHARED}
+    held["kernels"] = consensus.taken(chosen, layout)
     if layout.group is None:
         names = zlib.crc32(repr(sorted(shard.key for shard in layout.shards)).encode())
         held["parameters"] = f"{len(layout.shards)} of {layout.numel} elements, checksum of their names {names:08x}"

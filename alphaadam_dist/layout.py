@@ -87,21 +87,21 @@ class Layout:
     reference: bool = False
     drift_told: bool = False
     places: object = None
-    _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor, int]] = field(default_factory=dict, repr=False)
+    _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def several_devices(self) -> bool:
         """This rank's parameters lie on more than one device."""
         return len({param.device for param in self.params}) > 1
 
-    def indices(self, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, int]:
-        """Rows (int64) and ownership (float64, 0 or 1) of these segments on the device, and the elements they own."""
+    def indices(self, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
+        """The row (int64) and whether this rank owns it (float64, 0 or 1) of n segments, each (n,) on the device."""
         if segments not in self._indices:
             if len(self._indices) >= 256:  # a model whose unused parameters change from step to step
                 self._indices.clear()
             rows = torch.tensor([s.row for s in segments], dtype=torch.int64, device=self.device)
             owned = torch.tensor([s.owned for s in segments], dtype=torch.float64, device=self.device)
-            self._indices[segments] = rows, owned, sum(s.numel for s in segments if s.owned)
+            self._indices[segments] = rows, owned
         return self._indices[segments]
 
 

@@ -8,28 +8,33 @@ look wrong. With scope="layer" and neither of the other two a parameter's update
 
 from __future__ import annotations
 
-import sys
+import functools
 import threading
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .options import FamilyOptions
+
+ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
 _THE_WAY_OUT = (
     "Build one optimizer over all parameters and call its step() after backward(), or give scope='layer' without "
     "clip_norm and alpha_warmup: one alpha for each parameter, the same numbers however optimizers are built"
 )
 
 
-def of_the_whole(options: Mapping[str, Any]) -> str | None:
+def of_the_whole(options: FamilyOptions) -> str | None:
     """The option, as in "scope='global'", for which an optimizer must know the whole model; None where none does."""
     for name, needless in (("scope", "layer"), ("clip_norm", None), ("alpha_warmup", 0)):
-        if options[name] != needless:
-            return f"{name}={options[name]!r}"
+        value = getattr(options, name)
+        if value != needless:
+            return f"{name}={value!r}"
     return None
 
 
@@ -60,6 +65,7 @@ class _OfThisThread(threading.local):
 
     def __init__(self) -> None:
         self.alone: MutableMapping[Tensor, _Alone] = WeakTensorKeyDictionary()
+        self.by_zero_redundancy = False  # which is building optimizers now
 
 
 _here = _OfThisThread()
@@ -104,17 +110,32 @@ def _version(grad: Tensor) -> int:
     return 0 if grad.is_inference() else grad._version
 
 
+def watch_zero_redundancy(module: ModuleType) -> None:
+    """Note when torch's ZeroRedundancyOptimizer builds its local optimizers. Mutates the class, once."""
+    init = module.ZeroRedundancyOptimizer.__init__
+    if getattr(init, "alphaadam", False):
+        return
+
+    @functools.wraps(init)
+    def noted(*args: Any, **kwargs: Any) -> None:
+        _here.by_zero_redundancy = True
+        try:
+            init(*args, **kwargs)
+        finally:
+            _here.by_zero_redundancy = False
+
+    noted.alphaadam = True  # type: ignore[attr-defined]
+    module.ZeroRedundancyOptimizer.__init__ = noted
+
+
 def refuse_zero_redundancy(kind: str) -> None:
     """Raise ValueError where torch's ZeroRedundancyOptimizer is building the optimizer that calls this.
 
     It gives each rank an optimizer over some of the parameters and says nothing of the others.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
-            raise ValueError(
-                f"ZeroRedundancyOptimizer(optimizer_class={kind}) is not served: each rank would get an alpha of its "
-                "own, from its own parameters. Use torch.distributed.fsdp.fully_shard(model, "
-                "reshard_after_forward=False), or DeepSpeed's ZeRO stage 1, which shard the state too"
-            )
+    if _here.by_zero_redundancy:
+        raise ValueError(
+            f"ZeroRedundancyOptimizer(optimizer_class={kind}) is not served: each rank would get an alpha of its "
+            "own, from its own parameters. Use torch.distributed.fsdp.fully_shard(model, "
+            "reshard_after_forward=False), or DeepSpeed's ZeRO stage 1, which shard the state too"
+        )

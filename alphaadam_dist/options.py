@@ -6,8 +6,9 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -16,24 +17,6 @@ from torch import Tensor
 CAPTURABLE = ("cuda",)
 """Devices whose steps a graph can hold."""
 
-NUMBERS: Mapping[str, tuple[str, float, float]] = {
-    "gamma": ("it must be between 0 (hold conflicting coordinates) and 1 (no masks)", 0, 1),
-    "alpha_max": ("it must be 1 or more", 1, math.inf),
-    "threshold": ("it must be 0 or more (0 compares signs)", 0, math.inf),
-    "alpha_warmup": ("it must be 0 (none) or a number of steps", 0, math.inf),
-    "clip_norm": ("it must be more than 0, or None for no clipping", math.ulp(0.0), math.inf),
-}
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "scope": ("global", "layer"),
-    "sync": ("exact", "delayed"),
-    "sharding": ("auto", "replicated", "sharded"),
-}
-
-SHARED = (
-    "gamma", "alpha_max", "threshold", "alpha_warmup", "scope", "sync", "clip_norm", "maximize", "capturable",
-    "verify_every",
-)  # fmt: skip
-"""Options of the whole optimizer: equal in every parameter group, and the constructor's win over a checkpoint's."""
 
 UNCHANGING: Mapping[str, tuple[Any, ...]] = {
     "foreach": (None, False),
@@ -49,24 +32,6 @@ config may have them."""
 OTHER_NAMES: Mapping[str, str] = {
     "learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas",
 }  # fmt: skip
-
-
-class Options(TypedDict, total=False):
-    """The options that all optimizers of the family take, for type checkers. AlphaOptimizer says what they mean."""
-
-    gamma: float
-    alpha_max: float
-    threshold: float
-    alpha_warmup: int
-    scope: str
-    sync: str
-    clip_norm: float | None
-    sharding: str
-    process_group: dist.ProcessGroup | None
-    fused: bool | None
-    capturable: bool
-    maximize: bool
-    verify_every: int
 
 
 def refuse_unknown(kind: str, given: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, Any]) -> None:
@@ -145,51 +110,170 @@ def check_betas(betas: Any) -> None:
         check_number(f"betas[{i}]", beta, "it must be at least 0 and less than 1", 0, 1, below=True)
 
 
-def check_option(name: str, value: Any) -> Any:
-    """One option of the whole optimizer by itself, its numbers as Python's own. Raises ValueError."""
-    if value is None and name in ("clip_norm", "fused"):
-        return None
-    if name in NUMBERS:
-        return check_number(name, value, *NUMBERS[name])
-    if name in CHOICES:
-        *others, last = map(repr, CHOICES[name])
-        if not isinstance(value, str) or value not in CHOICES[name]:
+def _number(default: Any, rule: str, low: float, high: float = math.inf, *, or_none: bool = False) -> Any:
+    """A field that is a number from low to high; with ``or_none`` None is taken too."""
+
+    def check(name: str, value: Any) -> Any:
+        return None if or_none and value is None else check_number(name, value, rule, low, high)
+
+    return field(default=default, metadata={"check": check})
+
+
+def _choice(*choices: str) -> Any:
+    """A field that is one of these texts, by default the first."""
+
+    def check(name: str, value: Any) -> str:
+        *others, last = map(repr, choices)
+        if not isinstance(value, str) or value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: give {', '.join(others)} or {last}")
         return str(value)
-    if name == "verify_every":
-        every = plain(name, value)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"verify_every={value!r}: give a whole number of steps, or 0 for never")
-        return every
-    if name == "fused" and not isinstance(plain(name, value), bool):
-        raise ValueError(f"fused={value!r}: give None (the fast kernels where they pay), True or False")
-    return check_flag(name, value)
+
+    return field(default=choices[0], metadata={"check": check})
 
 
-def check_together(options: Mapping[str, Any]) -> None:
-    """Check the options of the whole optimizer against each other. Raises ValueError."""
-    if options["sync"] == "delayed" and options["scope"] == "layer":
-        raise ValueError(
-            "sync='delayed' with scope='layer' is not defined: counts of one step ago say little about one layer. "
-            "Use scope='global', or sync='exact'"
-        )
-    if options["sync"] == "delayed" and options["clip_norm"] is not None:
-        raise ValueError(
-            f"sync='delayed' with clip_norm={options['clip_norm']!r}: clipping needs this step's norm before the "
-            "update, which is the all-reduce that delayed avoids. Use sync='exact', or clip before step()"
-        )
-    if options["capturable"] and options["sync"] == "delayed":
-        raise ValueError(
-            "capturable=True with sync='delayed': a CUDA graph cannot await the all-reduce of the step before. Use "
-            "sync='exact'"
-        )
-    if options["capturable"] and options["verify_every"]:
-        raise ValueError(
-            f"capturable=True with verify_every={options['verify_every']!r}: the check reads values on the host, which"
-            " a CUDA graph cannot. Leave verify_every=0, or capturable=False"
-        )
-    if options["capturable"] and options["fused"] is False:
-        raise ValueError("capturable=True with fused=False: only the fast kernels can be captured, leave fused=None")
+def _flag() -> Any:
+    """A field that is True or False, by default False."""
+    return field(default=False, metadata={"check": check_flag})
+
+
+def _check_fused(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(plain(name, value), bool):
+        raise ValueError(f"{name}={value!r}: give None (the fast kernels where they pay), True or False")
+    return None if value is None else bool(value)
+
+
+def _check_every(name: str, value: Any) -> int:
+    every = plain(name, value)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(f"{name}={value!r}: give a whole number of steps, or 0 for never")
+    return every
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyOptions:
+    """The options that all optimizers of the family take. They hold for the whole optimizer.
+
+    Args:
+        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is the optimizer without masks.
+        alpha_max: bound on alpha, 1 or more.
+        threshold: tau; opposition weaker than tau * g^2 is no conflict. 0 compares signs only.
+        alpha_warmup: number of steps over which the masks gain their strength.
+        scope: "global": one alpha for the whole model; "layer": one for each parameter.
+        sync: "exact": this step's counts make this step's alpha; "delayed": the last step's do, which costs no extra
+            pass over memory and hides the communication.
+        clip_norm: clip gradients by their global L2 norm inside the step; exact only.
+        sharding: what plain tensors are: "replicated": whole on every rank; "sharded": a different part of the
+            parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
+        process_group: the ranks that hold the model. By default all; it must be given for FSDP1, pipeline stages, and
+            DTensors whose meshes are smaller than the world.
+        fused: True: the fast kernels, one pass over memory; False: the reference, in torch operations; None: the fast
+            ones for models of a million parameters and more, where they can be had (see :mod:`.kernels`).
+        capturable: a CUDA graph may hold the step: nothing in it waits for the device, ``step`` lies there too. Needs
+            fp32 or fp64 parameters on a GPU, and sync="exact". Give lr as a tensor to change it between replays.
+        maximize: ascend.
+        verify_every: every so many steps check that all ranks hold the same statistics and options, and replicas the
+            same parameters, from the first on; 0 is never, and N must be the same on every rank. One more all-reduce on
+            those steps, also between replicas, which synchronises.
+
+    Raises:
+        ValueError: an option out of range, or options that contradict each other.
+    """
+
+    gamma: float = _number(0.0, "it must be between 0 (hold conflicting coordinates) and 1 (no masks)", 0, 1)
+    alpha_max: float = _number(4.0, "it must be 1 or more", 1)
+    threshold: float = _number(0.0, "it must be 0 or more (0 compares signs)", 0)
+    alpha_warmup: int = _number(0, "it must be 0 (none) or a number of steps", 0)
+    scope: str = _choice("global", "layer")
+    sync: str = _choice("exact", "delayed")
+    clip_norm: float | None = _number(
+        None, "it must be more than 0, or None for no clipping", math.ulp(0.0), or_none=True
+    )
+    sharding: str = _choice("auto", "replicated", "sharded")
+    process_group: dist.ProcessGroup | None = None
+    fused: bool | None = field(default=None, metadata={"check": _check_fused})
+    capturable: bool = _flag()
+    maximize: bool = _flag()
+    verify_every: int = field(default=0, metadata={"check": _check_every})
+
+    def __post_init__(self) -> None:
+        """Check each by itself, its numbers as Python's own, then all against each other."""
+        for name in NAMES:
+            object.__setattr__(self, name, check_option(name, getattr(self, name)))
+        if self.sync == "delayed" and self.scope == "layer":
+            raise ValueError(
+                "sync='delayed' with scope='layer' is not defined: counts of one step ago say little about one layer. "
+                "Use scope='global', or sync='exact'"
+            )
+        if self.sync == "delayed" and self.clip_norm is not None:
+            raise ValueError(
+                f"sync='delayed' with clip_norm={self.clip_norm!r}: clipping needs this step's norm before the update, "
+                "which is the all-reduce that delayed avoids. Use sync='exact', or clip before step()"
+            )
+        if self.capturable and self.sync == "delayed":
+            raise ValueError(
+                "capturable=True with sync='delayed': a CUDA graph cannot await the all-reduce of the step before. Use "
+                "sync='exact'"
+            )
+        if self.capturable and self.verify_every:
+            raise ValueError(
+                f"capturable=True with verify_every={self.verify_every!r}: the check reads values on the host, which a "
+                "CUDA graph cannot. Leave verify_every=0, or capturable=False"
+            )
+        if self.capturable and self.fused is False:
+            raise ValueError(
+                "capturable=True with fused=False: only the fast kernels can be captured, leave fused=None"
+            )
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], **others: Any) -> Self:
+        """Those in a parameter group, and others that groups do not have."""
+        return cls(**{name: group[name] for name in IN_GROUPS}, **others)
+
+    def in_groups(self) -> dict[str, Any]:
+        """Those that parameter groups show, and checkpoints with them."""
+        return {name: getattr(self, name) for name in IN_GROUPS}
+
+
+class Options(TypedDict, total=False):
+    """``FamilyOptions`` for type checkers, which cannot read it from there."""
+
+    gamma: float
+    alpha_max: float
+    threshold: float
+    alpha_warmup: int
+    scope: str
+    sync: str
+    clip_norm: float | None
+    sharding: str
+    process_group: dist.ProcessGroup | None
+    fused: bool | None
+    capturable: bool
+    maximize: bool
+    verify_every: int
+
+
+NAMES = tuple(option.name for option in fields(FamilyOptions))
+IN_GROUPS = tuple(name for name in NAMES if name not in ("sharding", "process_group"))
+SHARED = tuple(name for name in IN_GROUPS if name != "fused")
+"""Equal in every parameter group; the constructor's win over a checkpoint's."""
+
+_CHECKS = {option.name: option.metadata["check"] for option in fields(FamilyOptions) if option.metadata}
+
+
+def check_option(name: str, value: Any) -> Any:
+    """One option of ``FamilyOptions`` by itself, its numbers as Python's own. Raises ValueError."""
+    return _CHECKS[name](name, value) if name in _CHECKS else value
+
+
+def check_shared(kind: str, options: FamilyOptions, group: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError where a group of an optimizer class ``kind`` contradicts an option of the whole optimizer."""
+    for name in IN_GROUPS:
+        ours = getattr(options, name)
+        if group.get(name, ours) != ours:
+            raise ValueError(
+                f"{name}={group[name]!r} in {where} contradicts {name}={ours!r} of the optimizer: {name} holds for all "
+                f"groups, so give it to {kind}(...) and leave it out of groups"
+            )
 
 
 def check_group(kind: str, group: dict[str, Any], hyperparameters: Iterable[str]) -> None:
@@ -202,7 +286,7 @@ def check_group(kind: str, group: dict[str, Any], hyperparameters: Iterable[str]
         group[name] = plain(name, group[name])
     for name in ("lr", "weight_decay"):
         group[name] = check_number(name, group[name], "it must be 0 or more", 0)
-    for name in (*SHARED, "fused"):
+    for name in IN_GROUPS:
         if name in group:
             group[name] = check_option(name, group[name])
     for name in ("sharding", "process_group"):

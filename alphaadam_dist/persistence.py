@@ -6,8 +6,8 @@ import copy
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,8 +16,22 @@ from torch.optim import Optimizer
 
 from . import options, saved_state
 from .layout import Layout
+from .options import FamilyOptions
 from .shards import fsdp1
 from .statistics import INITIAL_STATE, Statistics
+
+
+@dataclass
+class Driver:
+    """A backend that shards the model itself, and knows its layout better than the optimizer's parameters tell.
+
+    Attributes:
+        layout: of the whole model.
+        update_part: what ``step()`` does where the backend calls it for one part of the model after another.
+    """
+
+    layout: Layout
+    update_part: Callable[[], None] | None = None
 
 
 @dataclass
@@ -29,21 +43,22 @@ class Run:
 
     Attributes:
         owner: the optimizer itself, whatever object asks.
-        process_group: the option; ``group_left_out`` says that there was one which a pickle could not hold.
+        options: the constructor's, checked. Users see them in ``defaults`` and may change them there.
+        group_left_out: there was a process_group, which a pickle could not hold.
+        statistics: None until somebody needs them.
         published: the list that is in param_groups while nobody has replaced it.
-        counted: in the open step.
+        layout: of the last step.
+        driver: the backend that shards the model in the optimizer's place.
         warned: keys of parameter groups that were warned of.
     """
 
     owner: weakref.ref[Persistent]
-    process_group: dist.ProcessGroup | None = None
+    options: FamilyOptions
     group_left_out: bool = False
     statistics: Statistics | None = None
     published: list[float] | None = None
     layout: Layout | None = None
-    counted: bool = False
-    fixed_layout: bool = False
-    driven: bool = False
+    driver: Driver | None = None
     warned: set[str] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
@@ -53,17 +68,27 @@ class Run:
 
 
 class Persistent(Optimizer):
-    """What AlphaOptimizer is to those who save, load, copy and wrap it. The class attributes are described there."""
+    """What AlphaOptimizer is to those who save, load, copy, wrap and step it."""
 
+    direction: ClassVar[Callable[..., None]]
+    """One update of one tensor: ``direction(param, grad, *moments, f, **hyperparameters)``, as in rule.py."""
     moments: ClassVar[tuple[str, ...]]
-    counts_steps: ClassVar[bool]
+    """The state tensors of a parameter, each of its shape. The masks compare the gradient with the first."""
+    counts_steps: ClassVar[bool] = False
+    """Whether the state has ``step``, the number of the parameter's updates, and the direction takes it."""
     hyperparameters: ClassVar[tuple[str, ...]]
-    fixed: ClassVar[Mapping[str, Any]]
-    sharding: str
+    """What each parameter group may have of its own and the direction takes; "lr" and "weight_decay" among them."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """Group keys of the torch optimizer whose checkpoints are exchanged, with the one value that is served."""
     _run: Run
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None: ...
+
+    @property
+    def sharding(self) -> str:
+        """The option."""
+        return self._run.options.sharding
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -73,11 +98,12 @@ class Persistent(Optimizer):
                 f"this {type(self).__name__} had a process_group, which its pickle could not hold: set "
                 "optimizer.process_group to the group over which the model is sharded, or to None for all ranks"
             )
-        return self._run.process_group
+        return self._run.options.process_group
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
-        self._run.process_group, self._run.group_left_out = group, False
+        self._run.options = replace(self._run.options, process_group=group)
+        self._run.group_left_out = False
 
     # ---- state dicts ----------------------------------------------------------------------------------------------
 
@@ -109,7 +135,7 @@ class Persistent(Optimizer):
             state_dict,
             self.moments,
             counts_steps=self.counts_steps,
-            swapped=self._run.driven,
+            swapped=self._run.driver is not None and self._run.driver.update_part is not None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,10 +147,13 @@ class Persistent(Optimizer):
         return state_dict
 
     def _adopt(self) -> Statistics:
-        """The statistics, after taking over an alphaadam_state that somebody put into the parameter groups."""
+        """The statistics, after taking over what somebody put into the defaults and the parameter groups."""
+        changed = {name: self.defaults[name] for name in options.IN_GROUPS}
+        if changed != self._run.options.in_groups():
+            self._run.options = replace(self._run.options, **changed)
         if self._run.statistics is None:
-            names = ("gamma", "alpha_max", "alpha_warmup", "scope", "sync", "clip_norm")
-            self._run.statistics = Statistics(**{name: self.defaults[name] for name in names})
+            self._run.statistics = Statistics(self._run.options)
+        self._run.statistics.options = self._run.options
         held = self.param_groups[0].get("alphaadam_state", INITIAL_STATE)
         if held is not self._run.published:
             values = saved_state.statistics(held)
@@ -166,13 +195,13 @@ class Persistent(Optimizer):
             twin.__dict__.update(state)
         else:
             twin.__setstate__({**state, "group_left_out": False})
-            twin._run.process_group, twin._run.group_left_out = self._run.process_group, self._run.group_left_out
+            twin._run.options, twin._run.group_left_out = self._run.options, self._run.group_left_out
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: all but the run and the process group."""
         self._publish()
-        left_out = self._run.group_left_out or self._run.process_group is not None
+        left_out = self._run.group_left_out or self._run.options.process_group is not None
         marks = [fsdp1.marks_of(param) for group in self.param_groups for param in group["params"]]
         return {**super().__getstate__(), "sharding": self.sharding, "group_left_out": left_out, "marks": marks}
 
@@ -198,10 +227,11 @@ class Persistent(Optimizer):
 
     def _unpickle(self, state: dict[str, Any]) -> None:
         left_out, marks = state.pop("group_left_out", False), state.pop("marks", ())
+        chosen = FamilyOptions.of(state["defaults"], sharding=state.pop("sharding", "auto"))
         super().__setstate__(state)
         for param, its_marks in zip((p for group in self.param_groups for p in group["params"]), marks, strict=False):
             vars(param).update(its_marks)
-        self._run = Run(weakref.ref(self), group_left_out=left_out)
+        self._run = Run(weakref.ref(self), chosen, group_left_out=left_out)
         where = {"state": self.state, "param_groups": self.param_groups}
         self._check_saved_parameters(where)
         if left_out:

@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,8 @@ from .fingerprint import UNKNOWN
 from .handshake import first_to_say
 from .layout import HeldShard, Layout
 from .local_tensors import gradient
+from .persistence import Persistent
 from .tensors import local
-
-if TYPE_CHECKING:
-    from .optimizer import AlphaOptimizer
 
 IDS = 2**17  # compared at a time: 2 MiB
 DESCRIBED = 2**10  # of the shards that differ, how many are measured
@@ -63,7 +61,7 @@ class Difference:
 # ---- what follows from it
 
 
-def prove(layout: Layout, optimizer: AlphaOptimizer) -> None:
+def prove(layout: Layout, optimizer: Persistent) -> None:
     """Compare what ranks claim to hold alike in a layout that was just built. Collective over its group, if it has one.
 
     Raises:
@@ -90,7 +88,7 @@ def prove(layout: Layout, optimizer: AlphaOptimizer) -> None:
             _warn(unrelated)  # local SGD is meant to do so
 
 
-def is_fresh(optimizer: AlphaOptimizer, group: dist.ProcessGroup, device: torch.device, *, first: bool) -> bool:
+def is_fresh(optimizer: Persistent, group: dist.ProcessGroup, device: torch.device, *, first: bool) -> bool:
     """On no rank has the optimizer loaded anything or taken a step, and all say ``first``. Collective; synchronises."""
     loaded = any(state for state in optimizer.state.values() if isinstance(state, dict))
     begun = not first or loaded or optimizer._adopt().state()[0] != 0

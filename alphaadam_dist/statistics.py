@@ -1,9 +1,18 @@
 """The statistics of the masks: counts of local shards in, one all-reduce, alpha of the whole model out.
 
 Counts are integers in float64, exact to 2^53 and in any order of summation, so every rank computes the same bits of
-alpha however the model is sharded. The buffer of one step is 32 bytes for global scope (agree, conflict, elements
-counted, squared gradient norm) and 16 bytes a parameter for layer scope (agree, conflict; 8 more in all for the norm
-where ``clip_norm`` asks for it). Device values are read on the host only where a docstring says so.
+alpha however the model is sharded. Device values are read on the host only where a docstring says so.
+
+The numbers, all float64 on the layout's device:
+
+    _buffer (2 * rows [+ 1],)  what one step sends: agree and conflict of row 0, of row 1, ...; then, with clip_norm,
+                               the squared norm of the whole model's gradient. One row with scope="global" (16 bytes, 24
+                               with clip_norm), one a parameter with "layer". Zeroed by open, added to by add and
+                               add_norms, all-reduced by reduce or close.
+    _alpha (rows,)             alpha of each row in the open step or else the last. Read by strengths.
+    _applied ()                T of the open step, itself included. Read by strengths, for alpha_warmup.
+    _memory (4,)               [T, alpha, A, C] after the last step that had evidence: what checkpoints carry.
+    _squared_norm ()           of the open step, once it is known. Read by clip_coefficient.
 """
 
 from __future__ import annotations
@@ -14,6 +23,7 @@ from torch import Tensor
 
 from . import rank_failures, rule
 from .layout import Layout, Segment
+from .options import FamilyOptions
 
 INITIAL_STATE = [0.0, 1.0, 0.0, 0.0]  # alphaadam_state = [T, alpha, A, C] before the first step
 
@@ -25,16 +35,13 @@ class Statistics:
     add* in any order and close at the end. A step that is opened and never reduced or closed leaves no trace.
     """
 
-    def __init__(
-        self, *, gamma: float, alpha_max: float, alpha_warmup: int, scope: str, sync: str, clip_norm: float | None
-    ) -> None:
-        self.gamma, self.alpha_max, self.alpha_warmup = gamma, alpha_max, alpha_warmup
-        self.scope, self.sync, self.clip_norm = scope, sync, clip_norm
+    def __init__(self, options: FamilyOptions) -> None:
+        self.options = options
         self.layout: Layout | None = None
         self.opened = 0  # steps of this process
         self._memory = torch.tensor(INITIAL_STATE, dtype=torch.float64, device="cpu")
-        self._alpha = torch.ones(1, dtype=torch.float64, device="cpu")  # of each row: the open step's or the last one's
-        self._applied = torch.ones((), dtype=torch.float64, device="cpu")  # T of the open step
+        self._alpha = torch.ones(1, dtype=torch.float64, device="cpu")
+        self._applied = torch.ones((), dtype=torch.float64, device="cpu")
         self._buffer = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._squared_norm: Tensor | None = None
         self._in_flight: tuple[Tensor, dist.Work | None] | None = None
@@ -48,11 +55,11 @@ class Statistics:
             self._memory, self._alpha = self._memory.to(layout.device), self._alpha.to(layout.device)
             if len(self._alpha) != layout.rows:
                 self._alpha = torch.ones(layout.rows, dtype=torch.float64, device=layout.device)
-        tail = 2 if self.scope == "global" else int(self.clip_norm is not None)
-        self._buffer = torch.zeros(2 * layout.rows + tail, dtype=torch.float64, device=layout.device)
+        with_norm = self.options.clip_norm is not None
+        self._buffer = torch.zeros(2 * layout.rows + with_norm, dtype=torch.float64, device=layout.device)
         self._squared_norm = None
         self._applied = self._memory[0] + 1
-        if self.sync == "delayed":
+        if self.options.sync == "delayed":
             self._alpha = self._alpha_of(self._memory[2:])
 
     def add(self, segments: tuple[Segment, ...], counts: Tensor) -> None:
@@ -60,17 +67,15 @@ class Statistics:
         assert self.layout is not None
         if not segments:
             return
-        rows, owned, numel = self.layout.indices(segments)
+        rows, owned = self.layout.indices(segments)
         mine = counts.to(self.layout.device, torch.float64) * owned[:, None]
         self._buffer[: 2 * self.layout.rows].view(-1, 2).index_add_(0, rows, mine)
-        if self.scope == "global":
-            self._buffer[2].add_(numel)
 
     def add_norms(self, segments: tuple[Segment, ...], squared_norms: Tensor) -> None:
         """Add squared gradient norms, float64 (n,), of n segments, as ``add`` does counts."""
         assert self.layout is not None
         if segments:
-            _, owned, _ = self.layout.indices(segments)
+            _, owned = self.layout.indices(segments)
             self._buffer[-1].add_((squared_norms.to(self.layout.device) * owned).sum())
 
     def reduce_norm(self) -> None:
@@ -83,12 +88,14 @@ class Statistics:
     def reduce(self) -> None:
         """All-reduce the open step's counts, take its alpha from them and remember both."""
         self._all_reduce(self._buffer)
-        if self.clip_norm is not None and self._squared_norm is None:
+        if self.options.clip_norm is not None and self._squared_norm is None:
             self._squared_norm = self._buffer[-1]
         counts = self._counts(self._buffer)
         alpha = self._alpha_of(counts)
         self._alpha.copy_(torch.where(counts.sum() > 0, alpha, self._alpha))
-        self._remember(counts, alpha[0] if self.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0])
+        self._remember(
+            counts, alpha[0] if self.options.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0]
+        )
 
     def close(self) -> None:
         """A delayed step ends: send its counts off, to be awaited when the next step opens."""
@@ -109,21 +116,25 @@ class Statistics:
     def strengths(self, segments: tuple[Segment, ...]) -> Tensor:
         """f where each of n segments agrees and where it conflicts: float64 (n, 2)."""
         assert self.layout is not None
-        f_agree, f_conflict = rule.strengths(self._alpha, self._applied, self.gamma, self.alpha_warmup)
+        f_agree, f_conflict = rule.strengths(self._alpha, self._applied, self.options.gamma, self.options.alpha_warmup)
         by_row = torch.stack((f_agree, f_conflict.expand_as(f_agree)), dim=1)
-        return by_row.expand(len(segments), 2) if self.scope == "global" else by_row[self.layout.indices(segments)[0]]
+        return (
+            by_row.expand(len(segments), 2)
+            if self.options.scope == "global"
+            else by_row[self.layout.indices(segments)[0]]
+        )
 
     def clip_coefficient(self) -> Tensor | None:
         """min(1, clip_norm / (norm + 1e-6)), 0-dim float64, as in torch's clip_grad_norm_; None without clipping."""
-        if self._squared_norm is None or self.clip_norm is None:
+        if self._squared_norm is None or self.options.clip_norm is None:
             return None
-        return (self.clip_norm / (self._squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
+        return (self.options.clip_norm / (self._squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
 
     def load(self, values: list[float]) -> None:
         """Take over [T, alpha, A, C] in place of this run's own; alphas by layer start at 1 again."""
         self.settle()
         self._memory = torch.tensor(values, dtype=torch.float64, device=self._memory.device)
-        self._alpha = torch.full_like(self._alpha, values[1] if self.scope == "global" else 1.0)
+        self._alpha = torch.full_like(self._alpha, values[1] if self.options.scope == "global" else 1.0)
 
     def state(self) -> list[float]:
         """[T, alpha, A, C]. Settles and reads the device: synchronises."""
@@ -157,7 +168,7 @@ class Statistics:
 
     def _alpha_of(self, counts: Tensor) -> Tensor:
         agree, conflict = counts.view(-1, 2).unbind(1)
-        return rule.alpha_from_counts(agree, conflict, self.gamma, self.alpha_max)
+        return rule.alpha_from_counts(agree, conflict, self.options.gamma, self.options.alpha_max)
 
     def _remember(self, counts: Tensor, alpha: Tensor) -> None:
         """Make a step that had evidence the last one; a step without any changes nothing."""

@@ -33,6 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from alphaadam_dist import replicas
 from alphaadam_dist.kernels import consensus
 from alphaadam_dist.layout import _hash, build_layout
+from alphaadam_dist.options import FamilyOptions
 from alphaadam_dist.shards import dtensor
 from alphaadam_dist.statistics import Statistics
 
@@ -120,7 +121,8 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
             rows = torch.isin(table[0, :, 0], given[:, 0])  # the keys of this slice, the same on every rank
             torch.index_select(table, 1, rows.nonzero().squeeze(1), out=output.view(len(table), -1, 3))
 
-        statistics = Statistics(gamma=0.0, alpha_max=4.0, alpha_warmup=0, scope=scope, sync="exact", clip_norm=None)
+        options = FamilyOptions(scope=scope)
+        statistics = Statistics(options)
         optimizer: Any = SimpleNamespace(_run=SimpleNamespace(layout=None), state={}, _adopt=lambda: statistics)
         patches = mock.patch.multiple(dist, all_gather_single=gather, all_reduce=reduced)
         with patches, _peak_memory() as peak:
@@ -128,7 +130,7 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
             layout = build_layout(
                 list(params.values()), held, [s.numel for (s,) in held], scope=scope, group=group, device=CPU
             )
-            consensus.settle(layout, {"fused": None, "capturable": False})
+            consensus.settle(layout, options)
             replicas.prove(layout, optimizer)
             seconds = time.process_time() - start
         statistics.open(layout)

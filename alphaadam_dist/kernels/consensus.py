@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -20,28 +20,34 @@ from torch import Tensor
 from .. import kernels
 from ..handshake import first_to_say, stop_together
 from ..layout import Layout, statistics_device
+from ..options import FamilyOptions
 
 SAID = "alphaadam/no fast kernels"
 WHAT = "which kernels can all ranks have?"
 
 
-def fused(defaults: Mapping[str, Any], layout: Layout | None = None) -> bool | None:
+def fused(options: FamilyOptions, layout: Layout | None = None) -> bool | None:
     """The option ``fused`` as :func:`kernels.choose` takes it, after what the ranks of a layout agreed on."""
-    chosen: bool | None = True if defaults["capturable"] else defaults["fused"]
+    chosen = True if options.capturable else options.fused
     return False if chosen is None and layout is not None and layout.reference else chosen
 
 
-def settle(layout: Layout, defaults: Mapping[str, Any], replicas: dist.ProcessGroup | None = None) -> None:
+def choose(options: FamilyOptions, layout: Layout, device: torch.device) -> ModuleType:
+    """The kernels for tensors of a device, after what the ranks of the layout agreed on."""
+    return kernels.choose(fused(options, layout), device, layout.numel)
+
+
+def settle(layout: Layout, options: FamilyOptions, replicas: dist.ProcessGroup | None = None) -> None:
     """Set ``layout.reference``. Collective where the layout has a group, with a warning on ranks that need not do so.
 
     Args:
-        defaults: the optimizer's options.
+        options: the optimizer's.
         replicas: a group to ask where the layout has none, if every rank of it calls this.
 
     Raises:
         ValueError: on all ranks of the group, where one has ``fused=True`` and no fast kernels.
     """
-    option = fused(defaults)
+    option = fused(options)
     lack = _lack(option, layout.params, layout.numel)
     group = layout.group or replicas
     told = None
@@ -61,16 +67,16 @@ def settle(layout: Layout, defaults: Mapping[str, Any], replicas: dist.ProcessGr
         )
 
 
-def taken(defaults: Mapping[str, Any], layout: Layout) -> str:
+def taken(options: FamilyOptions, layout: Layout) -> str:
     """The kernels that a rank takes for its parameters: "fast" or "reference"."""
-    option = fused(defaults, layout)
+    option = fused(options, layout)
     small = option is None and layout.numel < kernels.SMALL
     return "reference" if option is False or small or _lack(option, layout.params, layout.numel) else "fast"
 
 
-def say(defaults: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+def say(options: FamilyOptions, params: Sequence[Tensor]) -> None:
     """Tell ranks of no common group, before any of them steps, that this one has no fast kernels. Waits for nobody."""
-    if fused(defaults) is not None or not _several():
+    if fused(options) is not None or not _several():
         return
     if torch.accelerator.is_available() and any(param.device.type == "cpu" for param in params):
         return  # the model may move to it before it steps

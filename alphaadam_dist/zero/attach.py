@@ -11,7 +11,9 @@ from .. import replicas
 from ..kernels import consensus
 from ..layout import Layout, build_layout, statistics_device
 from ..optimizer import AlphaOptimizer
+from ..persistence import Driver
 from ..shards import Shard
+from ..step import Step
 from . import internals, monitor, refusals, universal
 from .rank_files import RankFiles
 from .registration import register
@@ -42,7 +44,7 @@ def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
     wrapper = internals.wrapper_of(engine)
     layout, shards, names = _use_layout(engine, optimizer, wrapper)
     if isinstance(wrapper, internals.InParts):
-        _drive(optimizer, wrapper, Unused(optimizer, wrapper, layout, shards, names))
+        _drive_parts(optimizer, wrapper, Unused(optimizer, wrapper, layout, shards, names))
     elif isinstance(wrapper, internals.AtOnce):
         watch_zero_filled(engine, optimizer, wrapper, names)
     if wrapper.zero is not optimizer:
@@ -61,15 +63,15 @@ def _use_layout(
         flats,
         shards,
         wrapper.numels(),
-        scope=optimizer.defaults["scope"],
+        scope=optimizer._run.options.scope,
         group=wrapper.group,
         device=statistics_device(flats, wrapper.group),
         merge=True,
         names=internals.keys_of_all_ranks(engine),
     )
-    consensus.settle(layout, optimizer.defaults, engine.seq_data_parallel_group)
+    consensus.settle(layout, optimizer._run.options, engine.seq_data_parallel_group)
     replicas.prove(layout, optimizer)
-    optimizer.use_layout(layout, driven=isinstance(wrapper, internals.InParts))
+    optimizer._run.layout, optimizer._run.driver = layout, Driver(layout)
     return layout, shards, names
 
 
@@ -134,32 +136,39 @@ def _watch_loading(
     wrapper.zero.load_state_dict = watched
 
 
-def _drive(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: Unused) -> None:
+def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: Unused) -> None:
     """Open, count and close each step around a wrapper that calls ``optimizer.step()`` for one part after another."""
-    zero = wrapper.zero
-    exact = optimizer.defaults["sync"] == "exact"
-    true_scale = optimizer.defaults["threshold"] > 0
+    zero, options = wrapper.zero, optimizer._run.options
     step, unscale = zero.step, zero.unscale_and_clip_grads
-    counted = False
+    opened: Step | None = None
 
     @functools.wraps(step)
     def whole_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal counted
-        counted = False
-        optimizer.open_step(unused.open())
-        result = step(*args, **kwargs)
-        if not zero.overflow:
-            optimizer.close_step()
-            unused.applied()
+        nonlocal opened
+        opened = Step(optimizer, unused.open())
+        try:
+            result = step(*args, **kwargs)
+            if not zero.overflow:
+                opened.close()
+                unused.applied()
+        finally:
+            opened = None
         return result
 
     @functools.wraps(unscale)
     def count_then_unscale(which: Any, total_norm: Tensor | None) -> Any:
-        nonlocal counted
-        if exact and not counted:
-            counted = True
-            scale = internals.unscale_factor(zero, total_norm) if true_scale else None
-            optimizer.count(wrapper.gradients(), scale)
+        if opened is not None and opened.may("count"):
+            scale = internals.unscale_factor(zero, total_norm) if options.threshold > 0 else None
+            opened.count(wrapper.gradients(), scale)
         return unscale(which, total_norm)
 
+    def update_part() -> None:
+        if opened is None or not opened.may("update"):
+            raise RuntimeError(
+                "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
+                "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
+            )
+        opened.update()
+
     zero.step, zero.unscale_and_clip_grads = whole_step, count_then_unscale
+    optimizer._run.driver = Driver(unused.layout, update_part)

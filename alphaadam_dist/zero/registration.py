@@ -10,15 +10,13 @@ this; what it lacks is an error where an optimizer meets an engine.
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from ..import_hook import when_imported
 from ..optimizer import AlphaOptimizer
 from . import versions
 
@@ -37,47 +35,17 @@ def register(*kinds: type[AlphaOptimizer]) -> None:
         if getattr(torch.optim, kind.__name__, None) is not kind:
             setattr(torch.optim, kind.__name__, kind)
             _registered.append(kind)
-    if not wrap_engine() and not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    wrap_engine()
+    if wrap_engine not in AlphaOptimizer.when_made:
+        AlphaOptimizer.when_made.append(wrap_engine)
 
 
-def wrap_engine() -> bool:
-    """Wrap DeepSpeed's engine if it has been imported, and say whether it has.
+def wrap_engine() -> None:
+    """Wrap DeepSpeed's engine, now or once it is imported.
 
     Every optimizer calls it when it is made: somebody else's import hook may have imported the engine past ours.
     """
-    engine = sys.modules.get(ENGINE)
-    if engine is not None:
-        _wrap(engine)
-    return engine is not None
-
-
-class _WhenImported(MetaPathFinder):
-    """Finds DeepSpeed's engine as the other finders do, and wraps it once its module has run."""
-
-    _asked = False  # by itself, through a finder that asks all others
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """What importlib asks of every finder; None leaves the module to the others."""
-        if name != ENGINE or self._asked:
-            return None
-        self._asked = True
-        try:
-            others = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
-            found = (find(name, path, target) for find in others if find is not None)
-            spec = next((spec for spec in found if spec is not None), None)
-        finally:
-            self._asked = False
-        execute = getattr(spec and spec.loader, "exec_module", None)
-        if spec is not None and execute is not None:
-
-            def execute_and_wrap(module: ModuleType) -> None:
-                execute(module)
-                if module.__name__ == ENGINE:  # a zip's loader is that of all modules in it
-                    _wrap(module)
-
-            spec.loader.exec_module = execute_and_wrap
-        return spec
+    when_imported(ENGINE, _wrap)
 
 
 def _wrap(engine: ModuleType) -> None:

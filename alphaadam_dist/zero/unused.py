@@ -36,7 +36,7 @@ class Unused:
         self, optimizer: AlphaOptimizer, wrapper: InParts, layout: Layout, shards: Sequence[Sequence[Shard]],
         names: Mapping[Tensor, str],
     ) -> None:  # fmt: skip
-        self._optimizer, self._wrapper, self._layout = optimizer, wrapper, layout
+        self._optimizer, self._wrapper, self.layout = optimizer, wrapper, layout
         self._flats, self._shards = wrapper.flats(), shards
         self._names = names
         self._params = {names[param]: param for param in wrapper.parameters()}
@@ -69,9 +69,9 @@ class Unused:
         missed = self._missed()
         late = {key: missed[key] for key in missed.keys() & self._params.keys() - self._absent}
         if not self._absent and not late:
-            return self._layout
+            return self.layout
         if self._cached[0] != (self._absent, late):
-            self._cached = (self._absent, late), _without(self._layout, self._flats, self._shards, self._absent, late)
+            self._cached = (self._absent, late), _without(self.layout, self._flats, self._shards, self._absent, late)
         return self._cached[1]
 
     def applied(self) -> None:

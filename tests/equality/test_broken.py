@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from alphaadam_dist import layout, optimizer, replicas, statistics
+from alphaadam_dist import layout, parameters, replicas, statistics
 from alphaadam_dist.shards import Shard, dtensor, fsdp1, select
 
 from .. import threads
@@ -55,7 +55,7 @@ def coordinate_zero_owns(patch: pytest.MonkeyPatch) -> None:
             layout.segments[param] = tuple(dataclasses.replace(segment, owned=owns(param)) for segment in segments)
         return layout
 
-    patch.setattr(optimizer, "build_layout", built)
+    patch.setattr(parameters, "build_layout", built)
 
 
 def padding_is_a_parameter(patch: pytest.MonkeyPatch) -> None:

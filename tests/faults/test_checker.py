@@ -61,7 +61,7 @@ def delayed_by_two_steps(patch: Patch) -> None:
     def late(self: Any, layout: Any) -> None:
         older = self._memory.clone()  # before the last step's counts have arrived
         opened(self, layout)
-        if self.sync == "delayed":
+        if self.options.sync == "delayed":
             self._alpha = self._alpha_of(older[2:])
 
     patch.setattr(statistics.Statistics, "open", late)

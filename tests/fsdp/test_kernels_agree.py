@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from alphaadam_dist import AlphaAdam, kernels
+from alphaadam_dist import AlphaAdam, kernels, parameters
 from alphaadam_dist.kernels import consensus
+from alphaadam_dist.options import FamilyOptions
 from tests.models import Given, given_gradients
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
@@ -38,6 +40,12 @@ def make_lack(patch: pytest.MonkeyPatch, *ranks: int) -> None:
     patch.setattr(kernels, "_problem", lambda kind: NO_COMPILER if dist.get_rank() in ranks else problem(kind))
 
 
+def kernels_of(optimizer: AlphaAdam) -> ModuleType:
+    """Those of its last step, for the CPU."""
+    assert optimizer._run.layout is not None
+    return consensus.choose(optimizer._run.options, optimizer._run.layout, torch.device("cpu"))
+
+
 def taken(regime: str, steps: int = 3, fused: Any = None, **options: Any) -> list[str]:
     """On a rank: which kernels each step took. ``fused`` may differ by rank."""
     _, shard, extra = given.REGIMES[regime]
@@ -48,7 +56,7 @@ def taken(regime: str, steps: int = 3, fused: Any = None, **options: Any) -> lis
     for gradients in given_gradients(steps):
         given.give(model, gradients)
         optimizer.step()
-        seen.append(optimizer._kernels(torch.zeros(1)).__name__.rpartition(".")[2])
+        seen.append(kernels_of(optimizer).__name__.rpartition(".")[2])
         optimizer.zero_grad()
     return seen
 
@@ -121,7 +129,7 @@ def test_replicas_send_nothing_to_agree(lacking: Callable[..., None]) -> None:
         param.grad = torch.ones(200)
         with threads.Collectives() as stepping:
             optimizer.step()
-        assert optimizer._kernels(param) is kernels.reference
+        assert kernels_of(optimizer) is kernels.reference
         return building.seen + stepping.seen
 
     assert threads.run(2, sent) == [[], []]
@@ -134,7 +142,7 @@ def only_on_rank_zero() -> str:
     optimizer = AlphaAdam([param])
     param.grad = torch.ones(200)
     optimizer.step()
-    return optimizer._kernels(param).__name__.rpartition(".")[2]
+    return kernels_of(optimizer).__name__.rpartition(".")[2]
 
 
 @pytest.mark.parametrize(("without", "kind"), [((), "cpu"), ((0,), "reference"), ((1,), "cpu")])
@@ -155,7 +163,7 @@ def joined_by_a_group() -> list[str]:
         for param in params:
             param.grad = torch.ones(60)
         optimizer.step()
-        seen.append(optimizer._kernels(params[0]).__name__.rpartition(".")[2])
+        seen.append(kernels_of(optimizer).__name__.rpartition(".")[2])
     return seen
 
 
@@ -179,7 +187,7 @@ def taken_by_replicas(**options: Any) -> list[str]:
     dist.barrier()
     param.grad = torch.ones(200)
     optimizer.step()
-    return [optimizer._kernels(param).__name__.rpartition(".")[2]]
+    return [kernels_of(optimizer).__name__.rpartition(".")[2]]
 
 
 def test_verify_every_compares_the_kernels(lacking: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +210,13 @@ def test_the_choice_is_one_also_where_devices_are_not(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernels, "SMALL", 100)
 
     def settled() -> bool:
-        layout = AlphaAdam([("a", nn.Parameter(torch.ones(200)))], process_group=dist.group.WORLD)._current_layout()
+        optimizer = AlphaAdam([("a", nn.Parameter(torch.ones(200)))], process_group=dist.group.WORLD)
+        layout = parameters.current_layout(optimizer)
         if dist.get_rank() == 1:
             layout.params = (Elsewhere(),)  # type: ignore[assignment]
             monkeypatch.setattr(consensus, "statistics_device", lambda *args: torch.device("cpu"))
         dist.barrier()
-        consensus.settle(layout, {"fused": None, "capturable": False})
+        consensus.settle(layout, FamilyOptions())
         return layout.reference
 
     assert threads.run(2, settled) == [True, True]
@@ -222,7 +231,7 @@ def at_stage_zero(without: int) -> tuple[str, bool]:
         patch.setattr(consensus, "say", lambda *args: None)  # only what deepspeed.initialize asks
         started = engine.start(Given(), engine.config(0), {}, client=True, optimizer="AlphaAdam")
         optimizer = started.basic_optimizer
-        result = optimizer._kernels(torch.zeros(1)).__name__.rpartition(".")[2], optimizer._run.layout.group is None
+        result = kernels_of(optimizer).__name__.rpartition(".")[2], optimizer._run.layout.group is None
         started.destroy()
         return result
 

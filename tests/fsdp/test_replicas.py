@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import ShardingStrategy
 
-from alphaadam_dist import AlphaAdam, replicas
+from alphaadam_dist import AlphaAdam, parameters, replicas
 from tests.models import Given, given_gradients
 
 from .. import threads
@@ -392,7 +392,9 @@ def test_plain_shards_that_are_copies_are_refused(values: Any, gradients: Any, s
 def without_memory() -> int:
     here, nowhere = nn.Parameter(torch.ones(4)), nn.Parameter(torch.full((4,), float(dist.get_rank())))
     nowhere.untyped_storage().resize_(0)  # as where it lies on disk
-    layout = AlphaAdam([("here", here), ("nowhere", nowhere)], process_group=dist.group.WORLD)._current_layout()
+    layout = parameters.current_layout(
+        AlphaAdam([("here", here), ("nowhere", nowhere)], process_group=dist.group.WORLD)
+    )
     return layout.replicas
 
 

@@ -19,8 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import alphaadam_dist
-from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, kernels
-from alphaadam_dist import optimizer as optimizer_module
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, kernels, parameters
 from alphaadam_dist.layout import statistics_device
 from alphaadam_dist.optimizer import AlphaOptimizer
 from alphaadam_dist.tensors import check_places
@@ -69,13 +68,13 @@ def on_two_devices() -> None:
                 for param in parameters_of(optimizer):
                     assert all(optimizer.state[param][name].device == param.device for name in optimizer.moments)
     # parameters offloaded to the CPU, and ranks that can only reduce on the accelerator
-    optimizer_module.statistics_device = lambda params, group: torch.device("played", 0)
+    parameters.statistics_device = lambda params, group: torch.device("played", 0)
     for kind in KINDS.values():
         for options in OPTIONS:
             params, seen, optimizer = trained(kind, "CCCC", **options)
             assert optimizer._run.layout.device.type == "played"
             assert (seen, [p.tolist() for p in params]) == cpu[kind.__name__, str(options)]
-    optimizer_module.statistics_device = statistics_device
+    parameters.statistics_device = statistics_device
     kernels.SMALL = 1  # the part on the CPU takes its fast kernels, the other the reference, and says so once
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -48,7 +48,7 @@ def test_a_cut_flat_has_the_bits_of_the_whole(ranks2: Ranks, mode: str) -> None:
     answers = ranks2.run(cut_in_two, MODES[mode])
     for wrong, calls, memory in answers:
         assert wrong == []
-        assert all(step == [("allreduce", 32)] for step in calls[1:])
+        assert all(step == [("allreduce", 16)] for step in calls[1:])
         assert memory[0] == 10.0
         assert memory[3] > 0
     assert answers[0][2] == answers[1][2]

@@ -120,5 +120,5 @@ def in_stages(options: dict[str, Any]) -> tuple[list[str], list[Any], Any]:
 def test_a_process_group_joins_pipeline_stages(ranks2: Ranks, options: dict[str, Any]) -> None:
     for wrong, calls, conflict in ranks2.run(in_stages, options):
         assert wrong == []
-        assert calls == [("allreduce", 16 * len(LENGTHS) if "scope" in options else 32)]
+        assert calls == [("allreduce", 16 * len(LENGTHS) if "scope" in options else 16)]
         assert conflict > 0

@@ -205,13 +205,13 @@ def test_an_empty_shard_is_whole() -> None:
     assert [(s.numel, s.whole) for s in built.segments[built.params[0]]] == [(0, True)]
 
 
-def test_indices_are_rows_ownership_and_numbers() -> None:
+def test_indices_are_rows_and_ownership() -> None:
     built = made([[Shard("a", (), 0, 4, 4), Shard("b", (), 6, 2, 2)]], [9], scope="layer")
     segments = built.segments[built.params[0]]
-    rows, owned, numel = built.indices(segments)
+    rows, owned = built.indices(segments)
     assert [built.keys[r] for r in rows.tolist()] == ["a", "b", "b", "b"]
     assert owned.tolist() == [1, 0, 1, 0]
-    assert (owned.dtype, numel) == (torch.float64, 6)
+    assert owned.dtype == torch.float64
     assert built.indices(segments)[0] is rows
 
 

@@ -125,7 +125,7 @@ def test_gradient_clipping(ranks2: Ranks, mode: str, options: dict[str, Any]) ->
 @pytest.mark.parametrize("mode", ["zero1", "zero2", "zero2-offload", "zero3-sub-groups", "zero2-accumulate"])
 @pytest.mark.parametrize(
     ("options", "size"),
-    [({}, 32), ({"sync": "delayed"}, 32), ({"scope": "layer"}, 5 * 16)],
+    [({}, 16), ({"sync": "delayed"}, 16), ({"scope": "layer"}, 5 * 16)],
     ids=["exact", "delayed", "layer"],
 )
 def test_one_all_reduce_a_step(ranks2: Ranks, mode: str, options: dict[str, Any], size: int) -> None:

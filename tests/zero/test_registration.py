@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist import AlphaAdam, import_hook
 from alphaadam_dist.zero import registration
 
 
@@ -160,7 +160,7 @@ def test_an_engine_that_is_already_configuring_is_refused(monkeypatch: pytest.Mo
 
 
 def test_a_finder_that_asks_all_others_ends() -> None:
-    finder = registration._WhenImported()
+    finder = import_hook._Finder(registration.ENGINE, registration._wrap)
 
     class Asking:
         def find_spec(self, name: str, path: Any, target: Any = None) -> Any:

@@ -1,0 +1,86 @@
+"""The parameters of an optimizer that no backend drives: their names, what they hold, and the layout that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import model_ranks, one_model, replicas
+from .kernels import consensus
+from .layout import Layout, build_layout, statistics_device
+from .persistence import Persistent
+from .shards import Shard, clean_names, fsdp1
+from .shards.select import shards_of
+from .tensors import check_kind, check_places, local
+
+
+def check(optimizer: Persistent, first_group: int = 0) -> None:
+    """Raise ValueError or RuntimeError for a parameter, from a group on, that cannot be served."""
+    for name, param in named(optimizer.param_groups, first_group):
+        check_kind(name, param, type(optimizer).__name__)
+        _shards_of(optimizer, name, param)
+
+
+def check_ranks(optimizer: Persistent) -> None:
+    """Raise ValueError where it cannot be told which ranks the model is on."""
+    held = [_shards_of(optimizer, *each) for each in named(optimizer.param_groups)]
+    model_ranks.reduce_group(optimizer.param_groups, held, optimizer.process_group)
+
+
+def refuse_part_of_model(optimizer: Persistent) -> None:
+    """Raise ValueError where the optimizer should know the whole model and knows only a part of it."""
+    kind, option = type(optimizer).__name__, one_model.of_the_whole(optimizer._run.options)
+    if option is None:
+        return
+    one_model.refuse_in_backward(kind, option)
+    if sum(len(group["params"]) for group in optimizer.param_groups) == 1:
+        ((name, param),) = named(optimizer.param_groups)
+        if len(fsdp1.keys(param, name)) == 1:  # a FlatParameter is many
+            one_model.refuse_one_per_parameter(kind, option, name, param)
+
+
+def current_layout(optimizer: Persistent) -> Layout:
+    """The layout of the parameters, built anew (collective) when they are not those it was built for."""
+    layout, options = optimizer._run.layout, optimizer._run.options
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    places = [id(p) for p in params], [p.shape for p in params], [p.device for p in params]
+    if layout is not None and layout.places == places:
+        return layout
+    pairs = named(optimizer.param_groups)
+    held = [_shards_of(optimizer, name, param) for name, param in pairs]
+    check_places(pairs, optimizer.state, optimizer.moments, capturable=options.capturable)
+    group = model_ranks.reduce_group(optimizer.param_groups, held, optimizer.process_group)
+    layout = build_layout(
+        params,
+        held,
+        [local(param).numel() for param in params],
+        scope=options.scope,
+        group=group,
+        device=statistics_device(params, group),
+        names=[key for name, param in pairs for key in fsdp1.keys(param, name)],
+    )
+    layout.places = places
+    consensus.settle(layout, options)
+    replicas.prove(layout, optimizer)
+    return layout
+
+
+def named(param_groups: Sequence[Mapping[str, Any]], first_group: int = 0) -> list[tuple[str, Tensor]]:
+    """(name, parameter) of the groups from one on; "group.place" for those that were given without names."""
+    names = [
+        group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
+        for i, group in enumerate(param_groups)
+    ]
+    clean = clean_names(name for of_group in names for name in of_group)
+    return [
+        (clean[name], param)
+        for of_group, group in list(zip(names, param_groups, strict=True))[first_group:]
+        for name, param in zip(of_group, group["params"], strict=True)
+    ]
+
+
+def _shards_of(optimizer: Persistent, name: str, param: Tensor) -> list[Shard]:
+    has_names = "param_names" in optimizer.param_groups[0]
+    return shards_of(param, name, named=has_names, sharding=optimizer.sharding, group=optimizer.process_group)

@@ -1,0 +1,182 @@
+"""One step of the whole model, in acts that whoever shards the model drives.
+
+**Open**: the last step's counts arrive. **Count**: read (g, m) of every local shard; one all-reduce makes the counts
+those of the whole model, and alpha follows. **Update**: write the parameters and their moments, all or part by part.
+**Close**: the step has been applied. With ``sync="delayed"`` nothing is counted before the update: it counts as it
+goes, and its alpha comes from the counts of the step before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from . import consistency, options
+from .kernels import consensus
+from .kernels.reference import squared_norms
+from .layout import Layout
+from .local_tensors import LocalTensors, Owned, by_device, local_tensors, owned_of_flat
+from .persistence import Persistent
+from .tensors import local
+
+_AFTER = {
+    "exact": {"count": ("opened",), "update": ("counted", "updated"), "close": ("updated",)},
+    "delayed": {"count": (), "update": ("opened", "updated"), "close": ("updated",)},
+}
+"""After which acts an act may come."""
+_ORDER = {"exact": "count() once, update() for each part of the model, close()", "delayed": "update(), close()"}
+
+
+class Step:
+    """A step that is open. An unfinished one leaves no trace in the statistics but for what it has counted.
+
+    Making it opens it, which is collective where ``verify_every`` is due.
+
+    Args:
+        optimizer: whose parameters are stepped.
+        layout: of the parameters that are stepped now.
+
+    Raises:
+        ValueError: a parameter group contradicts an option of the whole optimizer.
+    """
+
+    def __init__(self, optimizer: Persistent, layout: Layout) -> None:
+        run = optimizer._run
+        self._statistics = optimizer._adopt()
+        self._options = run.options
+        for i, group in enumerate(optimizer.param_groups):
+            options.check_shared(type(optimizer).__name__, self._options, group, f"parameter group {i}")
+        self._optimizer, self._layout = optimizer, layout
+        run.layout = layout
+        self._statistics.open(layout)
+        self._done = "opened"
+        self._held: list[tuple[dict[str, Any], LocalTensors]] | None = None
+        every = self._options.verify_every
+        if every and (self._statistics.opened - 1) % every == 0:
+            consistency.check(optimizer, layout, self._statistics)
+
+    def may(self, act: str) -> bool:
+        """Whether "count", "update" or "close" may come now."""
+        return self._done in _AFTER[self._options.sync][act]
+
+    @torch.no_grad()
+    def count(
+        self,
+        gradients: Iterable[tuple[Tensor, Sequence[Tensor]]] | None = None,
+        scale: Tensor | float | None = None,
+    ) -> None:
+        """Count the masks of the whole model and reduce them. Collective.
+
+        Args:
+            gradients: for every optimizer parameter of this rank that has one its gradient, as tensors that concatenate
+                to the flattened local tensor, scaled by any positive factor if the threshold is 0. None: the
+                parameters' own gradients.
+            scale: multiplies the gradients into true ones where the threshold needs that.
+
+        Raises:
+            RuntimeError: out of order; or a rank failed.
+        """
+        self._advance("count", "counted")
+        owned: list[Owned] = []
+        if gradients is None:
+            self._held = self._local_tensors()
+            for _, held in self._held:
+                owned += held.owned()
+        else:
+            for param, tensors in gradients:
+                momentum = local(self._state(param)[self._optimizer.moments[0]])
+                owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
+        threshold, clip = self._options.threshold, self._options.clip_norm is not None
+        lists = by_device(owned, self._layout)
+        if clip and threshold > 0:
+            for segments, grads, momenta in lists:
+                self._statistics.add_norms(segments, squared_norms(grads, momenta))
+            self._statistics.reduce_norm()
+            scale = self._statistics.clip_coefficient()
+        for segments, grads, momenta in lists:
+            counts, norms = self._kernels(grads).count(
+                grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0
+            )
+            if norms is not None:
+                self._statistics.add_norms(segments, norms)
+            self._statistics.add(segments, counts)
+        self._statistics.reduce()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Step the parameters that are in the optimizer's groups now and have a gradient, each once in a step.
+
+        Mutates them and their state. Raises RuntimeError out of order.
+        """
+        self._advance("update", "updated")
+        optimizer, delayed = self._optimizer, self._options.sync == "delayed"
+        held, self._held = self._local_tensors() if self._held is None else self._held, None
+        scale = self._directed(self._statistics.clip_coefficient())
+        for group, part in held:
+            counts = self._kernels(part.params).update(
+                optimizer.direction,
+                part.params,
+                part.grads,
+                part.moments,
+                strengths=self._statistics.strengths(part.segments),
+                threshold=self._options.threshold,
+                scale=scale,
+                counting=delayed,
+                steps=part.advance_steps(self._options.capturable) if optimizer.counts_steps else None,
+                hyperparameters={name: options.plain(name, group[name]) for name in optimizer.hyperparameters},
+            )
+            if counts is not None:
+                self._statistics.add(part.segments, counts)
+
+    def close(self) -> None:
+        """The step has been applied to the whole model. Starts the all-reduce of a delayed step.
+
+        Raises RuntimeError out of order.
+        """
+        self._advance("close", "closed")
+        if self._options.sync == "delayed":
+            self._statistics.close()
+
+    def _advance(self, act: str, done: str) -> None:
+        sync = self._options.sync
+        if not self.may(act):
+            raise RuntimeError(
+                f"{act}() of a step that is {self._done}: with sync={sync!r} a step is opened, then {_ORDER[sync]}"
+            )
+        self._done = done
+
+    def _local_tensors(self) -> list[tuple[dict[str, Any], LocalTensors]]:
+        """What is held of each parameter group on each device, beside the group."""
+        return [
+            (group, held)
+            for group in self._optimizer.param_groups
+            for held in local_tensors(group["params"], self._layout, self._optimizer.moments, self._state)
+        ]
+
+    def _directed(self, scale: Tensor | float | None) -> Tensor | float | None:
+        """What makes a gradient the true one: ``scale``, negative to maximize; None where it is that already."""
+        if not self._options.maximize:
+            return scale
+        return -1.0 if scale is None else -scale
+
+    def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
+        """Those for the device of these tensors, of which there is one or more."""
+        return consensus.choose(self._options, self._layout, tensors[0].device)
+
+    def _state(self, param: Tensor) -> dict[str, Any]:
+        """The parameter's state, created as torch's optimizers create it where there is none."""
+        optimizer = self._optimizer
+        state: dict[str, Any] = optimizer.state[param]
+        if optimizer.moments[0] not in state:  # DeepSpeed leaves empty dicts behind, trainers keys of their own
+            if optimizer.counts_steps:
+                device = param.device if self._options.capturable else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            like = param if isinstance(param, DTensor) else local(param)
+            for name in optimizer.moments:
+                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        return state
