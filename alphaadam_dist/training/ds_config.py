@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alphaadam_dist.configs import config_path
 from alphaadam_dist.files import read_object
+from alphaadam_dist.paths import config_path
 
 _ADAMWS = ("lr", "betas", "eps", "weight_decay")
 

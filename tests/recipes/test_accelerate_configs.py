@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.configs import config_path
+from alphaadam_dist.paths import config_path
 from tests.hf import trainer
 from tests.models import tiny_llama, token_batches
 from tests.ranks import Ranks
