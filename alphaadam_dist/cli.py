@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from alphaadam_dist.training import presets, reasons
-from alphaadam_dist.training.launch import SIGTERM_CODE, LaunchError, Stopped
-from alphaadam_dist.training.runs import open_run
+from alphaadam_dist.training.run_folder import open_run
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
+from alphaadam_dist.training.start_ranks import SIGTERM_CODE, LaunchError, Stopped
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -177,7 +177,7 @@ def verify() -> None:
 
       srun alphaadam verify
     """
-    from alphaadam_dist.training.job import leave
+    from alphaadam_dist.training.rank import leave
     from alphaadam_dist.verify import verify as run
 
     try:

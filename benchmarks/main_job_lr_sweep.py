@@ -16,7 +16,7 @@ from rich.console import Console
 
 from alphaadam_dist.training import metrics, presets
 from alphaadam_dist.training.main_job import train_one
-from alphaadam_dist.training.runs import open_run
+from alphaadam_dist.training.run_folder import open_run
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
 from alphaadam_dist.training.summary import final_held_out
 

@@ -20,9 +20,8 @@ import typer
 from rich.console import Console
 
 from alphaadam_dist.training import metrics, reasons
-from alphaadam_dist.training.job import leave, sigterm_asks
-from alphaadam_dist.training.launch import SIGTERM_CODE, Stopped, free_port
-from alphaadam_dist.training.runs import PICTURE_NAME, open_half
+from alphaadam_dist.training.rank import leave, sigterm_asks
+from alphaadam_dist.training.run_folder import PICTURE_NAME, open_half
 from alphaadam_dist.training.settings import (
     LARGE,
     MANY,
@@ -32,6 +31,7 @@ from alphaadam_dist.training.settings import (
     check_rates,
     check_seed,
 )
+from alphaadam_dist.training.start_ranks import SIGTERM_CODE, Stopped, free_port
 from alphaadam_dist.training.tie import end, tie
 from alphaadam_dist.verify.rendezvous import environment
 from alphaadam_dist.zero import leftovers

@@ -17,9 +17,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from alphaadam_dist.training import main_job, recipe
-from alphaadam_dist.training.launch import LaunchError
+from alphaadam_dist.training.start_ranks import LaunchError
 from alphaadam_dist.zero import leftovers
-from tests.recipes.test_runs import SETTINGS
+from tests.recipes.test_run_folder import SETTINGS
 
 
 @pytest.fixture

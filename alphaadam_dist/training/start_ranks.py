@@ -121,7 +121,7 @@ def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
         ranks = ["--standalone", "--nproc-per-node", str(settings.gpus), "--max-restarts", str(_RESTARTS)]
     else:
         ranks = ["--num_gpus", str(settings.gpus), "--master_port", str(free_port()), "--no_local_rank"]
-    return [launcher, *ranks, "--module", "alphaadam_dist.training.job", str(run), optimizer]
+    return [launcher, *ranks, "--module", "alphaadam_dist.training.rank", str(run), optimizer]
 
 
 def _path() -> str:

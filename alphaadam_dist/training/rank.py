@@ -1,4 +1,4 @@
-"""One rank of a training run. The launcher starts it as `python -m alphaadam_dist.training.job RUN OPTIMIZER`.
+"""One rank of a training run. The launcher starts it as `python -m alphaadam_dist.training.rank RUN OPTIMIZER`.
 
 It reads the run's settings, goes on from the last complete checkpoint if there is one, trains, and leaves in
 RUN/OPTIMIZER: `metrics.jsonl`, `tensorboard/` and the checkpoints. SIGTERM to any rank saves and stops all of them.

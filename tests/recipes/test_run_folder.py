@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alphaadam_dist.training.runs import open_half, open_run
+from alphaadam_dist.training.run_folder import open_half, open_run
 from alphaadam_dist.training.settings import FILE_NAME, Settings
 
 SETTINGS = Settings(
