@@ -20,8 +20,8 @@ from transformers import (
 
 from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
-from alphaadam_dist.training.presets import TINY
 from alphaadam_dist.training.reasons import is_of_communication
+from alphaadam_dist.training.settings import TINY
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,7 +1,8 @@
-"""The settings of a training run, checked once and written beside its results.
+"""The settings of a training run, with their defaults: checked once and written beside the run's results.
 
-The launcher starts one process a rank, and a run may go on days after it was interrupted, so the settings live in
-a file in the run's folder: every rank, and every later `--resume`, reads the same ones.
+The launcher starts one process a rank, and a run may go on days after it was interrupted. So the settings are in a
+file in the run's folder: every rank, and every later `--resume`, reads the same ones. No import here is heavy: the
+command line reads this module before anything starts.
 """
 
 import json
@@ -17,7 +18,17 @@ from alphaadam_dist.training.text import digest_of_data, digest_of_place
 OPTIMIZERS = {"alphaadam": "AlphaAdam", "adamw": "AdamW"}
 FILE_NAME = "settings.json"
 MANY, LARGE = 10**9, 10**7
-"""No number of steps is above the first, and no size of a batch, a model or a cluster above the second."""
+"""Limits: MANY for a number of steps, LARGE for the size of a batch, a model or a cluster."""
+
+TINY = "tiny-llama"
+DEFAULT_STEPS = 240
+DEFAULT_BATCH = 8
+# AdamW's best on the main job, and the default for both optimizers: benchmarks/main_job_lr_sweep.py finds it,
+# benchmarks/results/ has the runs.
+TINY_LR = 3e-3
+FINE_TUNING_LR = 2e-5
+TINY_BLOCK = 128
+FINE_TUNING_BLOCK = 512
 
 _INPUTS = "inputs"
 _INPUT_DIGESTS = {
@@ -25,6 +36,16 @@ _INPUT_DIGESTS = {
     "deepspeed": digest_of_place,
 }  # fmt: skip
 _RESTORE = "restore it, or start afresh with another --out"
+
+
+def default_lr(model: str) -> float:
+    """The learning rate where none is given."""
+    return TINY_LR if model == TINY else FINE_TUNING_LR
+
+
+def default_block(model: str) -> int:
+    """The number of tokens in a block where none is given."""
+    return TINY_BLOCK if model == TINY else FINE_TUNING_BLOCK
 
 
 @dataclass(frozen=True)
