@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -22,9 +19,6 @@ from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
 from alphaadam_dist.training.reasons import is_of_communication
 from alphaadam_dist.training.settings import TINY
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 _TINY_VOCABULARY = 2048
 
@@ -100,29 +94,3 @@ def load_model(model: str, tokenizer: PreTrainedTokenizerBase, block: int, dtype
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
-
-
-def with_lora(model: PreTrainedModel, rank: int) -> "PeftModel":
-    """The model with LoRA adapters of this rank on every linear layer but the head; all else is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-def gpt2(tokenizer: PreTrainedTokenizerBase, *, layers: int, hidden: int, heads: int, block: int) -> PreTrainedModel:
-    """A GPT-2 with random weights from the current seed, without dropout: one pass over the data does not overfit."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_layer=layers,
-        n_embd=hidden,
-        n_head=heads,
-        n_positions=block,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return GPT2LMHeadModel(config)
