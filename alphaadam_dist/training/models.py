@@ -43,7 +43,7 @@ def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
     It is loaded in `dtype`, whatever it was saved in: DeepSpeed trains in the type it is given.
     """
     folder, file = _place(model)
-    # Without this the weights would stay quantized where the device has a kernel for them, and could not be trained.
+    # Without this the weights would stay quantized where the device has a kernel for that, and could not be trained.
     unpacked = {"quantization_config": GgufConfig(dequantize=True), **file} if file else {}
     with naming_model(model):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **unpacked)
@@ -51,9 +51,9 @@ def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def naming_model(model: str) -> Iterator[None]:
-    """Name the model in what its damaged or foreign files make of their readers, as a ValueError.
+    """Turn an error that damaged or foreign files of a model cause into a ValueError that names the model.
 
-    What the system or other ranks are to blame for passes.
+    Errors of the system or of other ranks stay as they are.
     """
     try:
         yield

@@ -52,7 +52,7 @@ def default_block(model: str) -> int:
 class SavedSettings:
     """Settings that a run's folder remembers: everything that decides what it computes, except its optimizer.
 
-    What local files hold that an option names is remembered too.
+    It also remembers digests of the local files that an option names.
     """
 
     def saved(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def check_path(option: str, value: str) -> None:
 
 
 def check_counts(settings: SavedSettings, least: Mapping[str, int], most: int = MANY) -> None:
-    """Raise ValueError where an option, if it is given, is below its least value or above any reason."""
+    """Raise ValueError where an option, if it is given, is below its least value or above `most`."""
     for name, low in least.items():
         value = getattr(settings, name)
         if value is not None and value < low:
@@ -196,10 +196,10 @@ class Settings(SavedSettings):
         return cls(**held)
 
     def share(self, ranks: int) -> tuple[int, int]:
-        """Blocks a rank takes at a time, and how many times before a step, so that a step's batch is always the same.
+        """How many blocks a rank takes at a time, and how many times in a step: a step's batch is always the same.
 
-        The batch is what the run was started with, ``gpus * batch``. No rank takes more than ``batch`` blocks at a
-        time, which is what its memory is known to hold. Raises ValueError where the ranks cannot share it equally.
+        It has the blocks that the run was started with, ``gpus * batch``. No rank takes more than ``batch`` blocks at
+        a time: its memory is known to hold those. Raises ValueError where the ranks cannot share them equally.
         """
         whole = self.gpus * self.batch
         if whole % ranks:
@@ -214,8 +214,7 @@ class Settings(SavedSettings):
     def check_resumes(self, run: Path) -> None:
         """Refuse to go on with a run under settings other than its own: the curve would be neither run's.
 
-        Only the number of ranks may change, under FSDP2: its checkpoints load on any number, and `share` keeps the
-        batch.
+        Under FSDP2 the number of ranks may change: its checkpoints load on any number, and `share` keeps the batch.
         """
         started = self.load(run)
         if self.gpus != started.gpus:

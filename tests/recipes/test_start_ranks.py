@@ -1,4 +1,4 @@
-"""The launcher: its command line, its failures, and ranks that end with the process that started them."""
+"""Starting the ranks: the command line, its failures, and ranks that end with the process that started them."""
 
 import os
 import signal
