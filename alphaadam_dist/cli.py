@@ -9,10 +9,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from alphaadam_dist.training import presets, reasons
-from alphaadam_dist.training.launch import SIGTERM_CODE, LaunchError, Stopped
-from alphaadam_dist.training.runs import open_run
-from alphaadam_dist.training.settings import OPTIMIZERS, Settings
+from alphaadam_dist.training import reasons
+from alphaadam_dist.training.run_folder import open_run
+from alphaadam_dist.training.settings import (
+    DEFAULT_BATCH,
+    DEFAULT_STEPS,
+    FINE_TUNING_BLOCK,
+    FINE_TUNING_LR,
+    OPTIMIZERS,
+    TINY,
+    TINY_BLOCK,
+    TINY_LR,
+    Settings,
+    default_block,
+    default_lr,
+)
+from alphaadam_dist.training.start_ranks import SIGTERM_CODE, LaunchError, Stopped
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,7 +48,7 @@ def train(
             "from scratch.",
             rich_help_panel=_WHAT,
         ),
-    ] = presets.TINY,
+    ] = TINY,
     data: Annotated[
         str,
         typer.Option(
@@ -45,22 +57,21 @@ def train(
             rich_help_panel=_WHAT,
         ),
     ] = "stdlib",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_WHAT)] = presets.STEPS,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_WHAT)] = DEFAULT_STEPS,
     lr: Annotated[
         float | None,
         typer.Option(
-            help=f"Peak learning rate, for both optimizers. Default: {presets.TINY_LR:g} for tiny-llama, "
-            f"{presets.FINE_TUNING_LR:g} otherwise.",
+            help=f"Peak learning rate, for both optimizers. Default: {TINY_LR:g} for tiny-llama, "
+            f"{FINE_TUNING_LR:g} otherwise.",
             rich_help_panel=_WHAT,
             show_default=False,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Blocks of text a rank and step.", rich_help_panel=_WHAT)] = presets.BATCH,
+    batch: Annotated[int, typer.Option(help="Blocks of text a rank and step.", rich_help_panel=_WHAT)] = DEFAULT_BATCH,
     block: Annotated[
         int | None,
         typer.Option(
-            help=f"Tokens in a block. Default: {presets.TINY_BLOCK} for tiny-llama, {presets.FINE_TUNING_BLOCK} "
-            "otherwise.",
+            help=f"Tokens in a block. Default: {TINY_BLOCK} for tiny-llama, {FINE_TUNING_BLOCK} otherwise.",
             rich_help_panel=_WHAT,
             show_default=False,
         ),
@@ -137,9 +148,9 @@ def train(
             offload=offload,
             steps=steps,
             gpus=_ranks(gpus),
-            lr=presets.default_lr(model) if lr is None else lr,
+            lr=default_lr(model) if lr is None else lr,
             batch=batch,
-            block=presets.default_block(model) if block is None else block,
+            block=default_block(model) if block is None else block,
             seed=seed,
         )
         try:
@@ -177,7 +188,7 @@ def verify() -> None:
 
       srun alphaadam verify
     """
-    from alphaadam_dist.training.job import leave
+    from alphaadam_dist.training.rank import leave
     from alphaadam_dist.verify import verify as run
 
     try:

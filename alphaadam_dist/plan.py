@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .configs import config_path
 from .files import read_object
+from .paths import config_path
 
 GIB = 2**30
 BF16, FP32 = 2, 4

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from alphaadam_dist.training import metrics, presets
+from alphaadam_dist.training import metrics
 from alphaadam_dist.training.main_job import train_one
-from alphaadam_dist.training.runs import open_run
-from alphaadam_dist.training.settings import OPTIMIZERS, Settings
+from alphaadam_dist.training.run_folder import open_run
+from alphaadam_dist.training.settings import DEFAULT_BATCH, DEFAULT_STEPS, OPTIMIZERS, TINY, TINY_BLOCK, Settings
 from alphaadam_dist.training.summary import final_held_out
 
 RATES = (1e-3, 2e-3, 3e-3, 4e-3, 8e-3, 1.6e-2)
@@ -41,16 +41,16 @@ def sweep(console: Console) -> dict[str, dict[str, float]]:
 def main_job_settings(lr: float) -> Settings:
     """What `alphaadam train` runs without options on a machine without a GPU, at another learning rate."""
     return Settings(
-        model=presets.TINY,
+        model=TINY,
         data="stdlib",
         zero=2,
         fsdp=False,
         offload=False,
-        steps=presets.STEPS,
+        steps=DEFAULT_STEPS,
         gpus=2,
         lr=lr,
-        batch=presets.BATCH,
-        block=presets.TINY_BLOCK,
+        batch=DEFAULT_BATCH,
+        block=TINY_BLOCK,
         seed=0,
     )
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from alphaadam_dist.training import recipe
-from alphaadam_dist.training.recipe import WHAT, Recipe, Training, option
 from alphaadam_dist.training.settings import LARGE, check_counts, check_path
+from recipes.run import WHAT, Epochs, Lr, Out, Recipe, Training, WeightDecay, command, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +24,10 @@ class FinetuneGlue(Recipe):
         Path | None, option("The same, to measure on.", WHAT, default="GLUE's validation set, from the hub")
     ] = None
     length: Annotated[int, option("Tokens at most; longer texts are cut.", WHAT)] = 128
-    lr: recipe.Lr = 2e-5
-    weight_decay: recipe.WeightDecay = 0.1
-    epochs: recipe.Epochs = 3
-    out: recipe.Out = Path("runs/finetune-glue")
+    lr: Lr = 2e-5
+    weight_decay: WeightDecay = 0.1
+    epochs: Epochs = 3
+    out: Out = Path("runs/finetune-glue")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +54,9 @@ def main(settings: FinetuneGlue, training: Training) -> None:
     # Imported once the options are known to be good: transformers takes seconds.
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
-    from alphaadam_dist.training.glue import TASKS, load_task
     from alphaadam_dist.training.models import naming_model, pretrained_tokenizer
     from alphaadam_dist.training.trainer import weights_dtype
+    from recipes.glue import TASKS, load_task
 
     task = TASKS[settings.task]
     if not training.finished:
@@ -85,7 +84,7 @@ def main(settings: FinetuneGlue, training: Training) -> None:
     training.report(task.scores)
 
 
-app = recipe.command(FinetuneGlue, main)
+app = command(FinetuneGlue, main)
 
 if __name__ == "__main__":
     app()

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from alphaadam_dist.training import recipe
-from alphaadam_dist.training.recipe import WHAT, Recipe, Training, option
 from alphaadam_dist.training.settings import LARGE, check_counts, check_path
+from recipes.run import WHAT, Epochs, Lr, Out, Recipe, Training, WeightDecay, command, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +33,10 @@ class FinetuneLlama(Recipe):
     lora: Annotated[int | None, option("Train LoRA adapters of this rank only.", WHAT, default="train all weights")] = (
         None
     )
-    lr: recipe.Lr = 2e-5
-    weight_decay: recipe.WeightDecay = 0.0
-    epochs: recipe.Epochs = 3
-    out: recipe.Out = Path("runs/finetune-llama")
+    lr: Lr = 2e-5
+    weight_decay: WeightDecay = 0.0
+    epochs: Epochs = 3
+    out: Out = Path("runs/finetune-llama")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,11 +66,12 @@ def main(settings: FinetuneLlama, training: Training) -> None:
     # Imported once the options are known to be good: transformers takes seconds.
     from transformers import set_seed
 
-    from alphaadam_dist.training.answers import Answers, print_answers
     from alphaadam_dist.training.data import collate
-    from alphaadam_dist.training.instructions import blocks, load_instructions, with_chat_template
-    from alphaadam_dist.training.models import pretrained_model, pretrained_tokenizer, with_lora
+    from alphaadam_dist.training.models import pretrained_model, pretrained_tokenizer
     from alphaadam_dist.training.trainer import weights_dtype
+    from recipes.answers import Answers, print_answers
+    from recipes.instructions import blocks, load_instructions, with_chat_template
+    from recipes.models import with_lora
 
     if not training.finished:
         arguments = training.arguments(lr_scheduler_type="cosine", adam_beta2=0.95)
@@ -93,7 +93,7 @@ def main(settings: FinetuneLlama, training: Training) -> None:
     training.report()
 
 
-app = recipe.command(FinetuneLlama, main)
+app = command(FinetuneLlama, main)
 
 if __name__ == "__main__":
     app()

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from alphaadam_dist.training import recipe
-from alphaadam_dist.training.recipe import WHAT, Recipe, Training, option
 from alphaadam_dist.training.settings import LARGE, check_counts, check_path
+from recipes.run import WHAT, Epochs, Lr, Out, Recipe, Training, WeightDecay, command, option
 
 MODEL = "The model"
 
@@ -32,10 +31,10 @@ class PretrainGpt2(Recipe):
     hidden: Annotated[int, option("Width.", MODEL)] = 768
     heads: Annotated[int, option("Attention heads.", MODEL)] = 12
     block: Annotated[int, option("Tokens in a row of a batch, and the longest text the model takes.", MODEL)] = 1024
-    lr: recipe.Lr = 6e-4
-    weight_decay: recipe.WeightDecay = 0.1
-    epochs: recipe.Epochs = 1
-    out: recipe.Out = Path("runs/pretrain-gpt2")
+    lr: Lr = 6e-4
+    weight_decay: WeightDecay = 0.1
+    epochs: Epochs = 1
+    out: Out = Path("runs/pretrain-gpt2")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +68,8 @@ def main(settings: PretrainGpt2, training: Training) -> None:
 
     from alphaadam_dist.training.corpus import load_corpus
     from alphaadam_dist.training.data import byte_level_bpe, collate, token_blocks
-    from alphaadam_dist.training.models import gpt2, pretrained_tokenizer
+    from alphaadam_dist.training.models import pretrained_tokenizer
+    from recipes.models import gpt2
 
     if not training.finished:
         arguments = training.arguments(lr_scheduler_type="cosine", adam_beta2=0.95)
@@ -90,7 +90,7 @@ def main(settings: PretrainGpt2, training: Training) -> None:
     training.report()
 
 
-app = recipe.command(PretrainGpt2, main)
+app = command(PretrainGpt2, main)
 
 if __name__ == "__main__":
     app()

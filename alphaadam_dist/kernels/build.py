@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..cache import cache_dir
+from ..paths import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

@@ -1,1 +1,4 @@
-"""What the training recipes share: data, models, logging, checkpoints and plots, on the Hugging Face Trainer."""
+"""`alphaadam train`, and what the recipes in `launch/` need too: data, models, logs, checkpoints and plots.
+
+The training itself is the Hugging Face Trainer's.
+"""

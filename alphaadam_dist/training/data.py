@@ -12,8 +12,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from alphaadam_dist.cache import cache_dir
 from alphaadam_dist.files import size_and_checksum, write_whole
+from alphaadam_dist.paths import cache_dir
 from alphaadam_dist.training.corpus import Corpus
 
 END_OF_TEXT = "<|endoftext|>"

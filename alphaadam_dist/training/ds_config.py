@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alphaadam_dist.configs import config_path
 from alphaadam_dist.files import read_object
+from alphaadam_dist.paths import config_path
 
 _ADAMWS = ("lr", "betas", "eps", "weight_decay")
 
@@ -24,7 +24,7 @@ def load_ds_config(zero: int, offload: bool, optimizer: str) -> dict[str, Any]:
 
 @contextmanager
 def naming_config(path: Path | None) -> Iterator[None]:
-    """Name the file in what DeepSpeed and Transformers find wrong with a config, as a ValueError."""
+    """Turn what DeepSpeed and Transformers find wrong with a config into a ValueError that names the file."""
     try:
         yield
     except Exception as error:

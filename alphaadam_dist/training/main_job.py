@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from alphaadam_dist.training import checkpoints, metrics
-from alphaadam_dist.training.launch import LOG_NAME, LaunchError, command, launch
 from alphaadam_dist.training.plots import plot_run
 from alphaadam_dist.training.progress import TrainingProgress
-from alphaadam_dist.training.runs import PICTURE_NAME
+from alphaadam_dist.training.run_folder import PICTURE_NAME
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
+from alphaadam_dist.training.start_ranks import LOG_NAME, LaunchError, command, launch
 from alphaadam_dist.training.summary import print_losses, print_samples
 from alphaadam_dist.zero import leftovers
 

@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -20,11 +17,8 @@ from transformers import (
 
 from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
-from alphaadam_dist.training.presets import TINY
 from alphaadam_dist.training.reasons import is_of_communication
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from alphaadam_dist.training.settings import TINY
 
 _TINY_VOCABULARY = 2048
 
@@ -49,7 +43,7 @@ def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
     It is loaded in `dtype`, whatever it was saved in: DeepSpeed trains in the type it is given.
     """
     folder, file = _place(model)
-    # Without this the weights would stay quantized where the device has a kernel for them, and could not be trained.
+    # Without this the weights would stay quantized where the device has a kernel for that, and could not be trained.
     unpacked = {"quantization_config": GgufConfig(dequantize=True), **file} if file else {}
     with naming_model(model):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **unpacked)
@@ -57,9 +51,9 @@ def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def naming_model(model: str) -> Iterator[None]:
-    """Name the model in what its damaged or foreign files make of their readers, as a ValueError.
+    """Turn an error that damaged or foreign files of a model cause into a ValueError that names the model.
 
-    What the system or other ranks are to blame for passes.
+    Errors of the system or of other ranks stay as they are.
     """
     try:
         yield
@@ -100,29 +94,3 @@ def load_model(model: str, tokenizer: PreTrainedTokenizerBase, block: int, dtype
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
-
-
-def with_lora(model: PreTrainedModel, rank: int) -> "PeftModel":
-    """The model with LoRA adapters of this rank on every linear layer but the head; all else is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-def gpt2(tokenizer: PreTrainedTokenizerBase, *, layers: int, hidden: int, heads: int, block: int) -> PreTrainedModel:
-    """A GPT-2 with random weights from the current seed, without dropout: one pass over the data does not overfit."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_layer=layers,
-        n_embd=hidden,
-        n_head=heads,
-        n_positions=block,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return GPT2LMHeadModel(config)

@@ -1,7 +1,8 @@
-"""The settings of a training run, checked once and written beside its results.
+"""The settings of a training run, with their defaults: checked once and written beside the run's results.
 
-The launcher starts one process a rank, and a run may go on days after it was interrupted, so the settings live in
-a file in the run's folder: every rank, and every later `--resume`, reads the same ones.
+The launcher starts one process a rank, and a run may go on days after it was interrupted. So the settings are in a
+file in the run's folder: every rank, and every later `--resume`, reads the same ones. No import here is heavy: the
+command line reads this module before anything starts.
 """
 
 import json
@@ -17,7 +18,17 @@ from alphaadam_dist.training.text import digest_of_data, digest_of_place
 OPTIMIZERS = {"alphaadam": "AlphaAdam", "adamw": "AdamW"}
 FILE_NAME = "settings.json"
 MANY, LARGE = 10**9, 10**7
-"""No number of steps is above the first, and no size of a batch, a model or a cluster above the second."""
+"""Limits: MANY for a number of steps, LARGE for the size of a batch, a model or a cluster."""
+
+TINY = "tiny-llama"
+DEFAULT_STEPS = 240
+DEFAULT_BATCH = 8
+# AdamW's best on the main job, and the default for both optimizers: benchmarks/main_job_lr_sweep.py finds it,
+# benchmarks/results/ has the runs.
+TINY_LR = 3e-3
+FINE_TUNING_LR = 2e-5
+TINY_BLOCK = 128
+FINE_TUNING_BLOCK = 512
 
 _INPUTS = "inputs"
 _INPUT_DIGESTS = {
@@ -27,11 +38,21 @@ _INPUT_DIGESTS = {
 _RESTORE = "restore it, or start afresh with another --out"
 
 
+def default_lr(model: str) -> float:
+    """The learning rate where none is given."""
+    return TINY_LR if model == TINY else FINE_TUNING_LR
+
+
+def default_block(model: str) -> int:
+    """The number of tokens in a block where none is given."""
+    return TINY_BLOCK if model == TINY else FINE_TUNING_BLOCK
+
+
 @dataclass(frozen=True)
 class SavedSettings:
     """Settings that a run's folder remembers: everything that decides what it computes, except its optimizer.
 
-    What local files hold that an option names is remembered too.
+    It also remembers digests of the local files that an option names.
     """
 
     def saved(self) -> dict[str, Any]:
@@ -98,7 +119,7 @@ def check_path(option: str, value: str) -> None:
 
 
 def check_counts(settings: SavedSettings, least: Mapping[str, int], most: int = MANY) -> None:
-    """Raise ValueError where an option, if it is given, is below its least value or above any reason."""
+    """Raise ValueError where an option, if it is given, is below its least value or above `most`."""
     for name, low in least.items():
         value = getattr(settings, name)
         if value is not None and value < low:
@@ -175,10 +196,10 @@ class Settings(SavedSettings):
         return cls(**held)
 
     def share(self, ranks: int) -> tuple[int, int]:
-        """Blocks a rank takes at a time, and how many times before a step, so that a step's batch is always the same.
+        """How many blocks a rank takes at a time, and how many times in a step: a step's batch is always the same.
 
-        The batch is what the run was started with, ``gpus * batch``. No rank takes more than ``batch`` blocks at a
-        time, which is what its memory is known to hold. Raises ValueError where the ranks cannot share it equally.
+        It has the blocks that the run was started with, ``gpus * batch``. No rank takes more than ``batch`` blocks at
+        a time: its memory is known to hold those. Raises ValueError where the ranks cannot share them equally.
         """
         whole = self.gpus * self.batch
         if whole % ranks:
@@ -193,8 +214,7 @@ class Settings(SavedSettings):
     def check_resumes(self, run: Path) -> None:
         """Refuse to go on with a run under settings other than its own: the curve would be neither run's.
 
-        Only the number of ranks may change, under FSDP2: its checkpoints load on any number, and `share` keeps the
-        batch.
+        Under FSDP2 the number of ranks may change: its checkpoints load on any number, and `share` keeps the batch.
         """
         started = self.load(run)
         if self.gpus != started.gpus:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from rich.console import Console
 from torch import nn
@@ -21,28 +23,33 @@ from transformers.integrations import TensorBoardCallback
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.files import naming
-from alphaadam_dist.training import checkpoints, fsdp, metrics
+from alphaadam_dist.training import checkpoints, metrics
 from alphaadam_dist.training.callbacks import AlphaMetrics, CheckpointMarker, JsonlLog, ShowProgress
 from alphaadam_dist.training.progress import TrainingProgress
 from alphaadam_dist.training.reasons import with_missing_ranks
+
+FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+"""For TrainingArguments. Full state dicts: a checkpoint's model then loads with from_pretrained."""
 
 
 def training_arguments(
     folder: Path, *, ds_config: dict[str, Any] | None, shard_fsdp: bool, bf16: bool | None, **options: Any
 ) -> TrainingArguments:
-    """The Trainer's arguments, and the process group with them. Make them before the model: ZeRO-3 loads it in parts.
+    """The Trainer's arguments; making them starts the process group.
+
+    Make them before the model: ZeRO-3 loads it in parts.
 
     Args:
         folder: where the checkpoints go.
-        ds_config: of DeepSpeed, as a dictionary; None without DeepSpeed.
+        ds_config: DeepSpeed's config, as a dictionary; None without DeepSpeed.
         shard_fsdp: shard with FSDP2.
-        bf16: None where the device decides: on a GPU that has it.
-        options: of TrainingArguments.
+        bf16: compute in bfloat16; None: only on a GPU that has it.
+        options: any other TrainingArguments.
     """
     cuda = torch.cuda.is_available()
     sharding: dict[str, Any] = {"deepspeed": ds_config} if ds_config is not None else {}
     if shard_fsdp:
-        sharding = fsdp.ARGUMENTS
+        sharding = FSDP2
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_grad_norm=1.0,
@@ -57,22 +64,35 @@ def training_arguments(
         **options,
     )
     if not cuda and shard_fsdp:
-        fsdp.shard_on_cpu(arguments)
+        shard_on_cpu(arguments)
     elif not cuda and ds_config is not None:
         import deepspeed
 
-        # On CPU the Trainer leaves this out, and ZeRO-3 would load a pretrained model as if it were alone.
+        # On the CPU the Trainer leaves this out. ZeRO-3 would then load a pretrained model as if there were one rank.
         deepspeed.init_distributed("gloo")
     return arguments
 
 
+def shard_on_cpu(arguments: TrainingArguments) -> None:
+    """Make Accelerate shard with FSDP on the CPU too. Call it after the arguments exist and before the Trainer does.
+
+    Accelerate uses FSDP only where it finds several GPUs; elsewhere it replicates the model without a warning. All its
+    objects share the state of the process, so they find what is written there.
+    """
+    assert arguments.device.type == "cpu"  # reading the device makes the state
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def weights_dtype(arguments: TrainingArguments) -> torch.dtype:
-    """The type to load weights in. FSDP and DDP keep fp32 ones and cast; DeepSpeed makes fp32 copies of bf16 ones."""
+    """The type to load weights in.
+
+    FSDP and DDP keep weights in fp32 and cast them; DeepSpeed takes bf16 weights and makes fp32 copies.
+    """
     return torch.bfloat16 if arguments.bf16 and arguments.deepspeed else torch.float32
 
 
 def _client_optimizer(name: str, arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The class and options for the Trainer, which adds the weight decay of its two parameter groups."""
+    """The optimizer's class and options for the Trainer, which adds the weight decay of its two parameter groups."""
     kind = AlphaAdam if name == "AlphaAdam" else torch.optim.AdamW
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     return kind, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
@@ -81,8 +101,8 @@ def _client_optimizer(name: str, arguments: TrainingArguments) -> tuple[type[tor
 class WholeBatches(Trainer):
     """A Trainer whose epochs are whole batches of all ranks together: the same blocks on any number of ranks.
 
-    Left to itself the Trainer makes a smaller step of what is left at an epoch's end where it accumulates gradients,
-    and drops it where it does not.
+    The Trainer alone treats the rows that are left at the end of an epoch in two ways: it drops them, or, where it
+    accumulates gradients, makes a smaller step of them.
     """
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
@@ -111,31 +131,20 @@ def fit(
 ) -> bool:
     """Train to `arguments.max_steps`, from the last complete checkpoint in `arguments.output_dir` if there is one.
 
-    Returns whether it came so far; a callback may have stopped it.
+    Returns whether it reached that step; a callback may have stopped it earlier.
 
-    Leaves `metrics.jsonl`, `tensorboard/` and the checkpoints there. A DeepSpeed config that names an optimizer makes
-    it; otherwise the Trainer makes `optimizer`, AlphaAdam or AdamW. A `console` shows the progress, on the first rank;
-    without one every log is printed.
+    Writes `metrics.jsonl`, `tensorboard/` and the checkpoints into that folder. If a DeepSpeed config names an
+    optimizer, DeepSpeed makes it; otherwise the Trainer makes `optimizer`, AlphaAdam or AdamW. With a `console` the
+    first rank shows the progress there; without one every log entry is printed.
 
-    Raises RuntimeError where the ranks lose each other, with the ranks that are missing.
+    Raises:
+        ValueError: the folder has checkpoints that this run did not write.
+        RuntimeError: the ranks lost each other; it says which ranks are missing.
     """
     folder = Path(str(arguments.output_dir))
-    checkpoint = checkpoints.take_up(folder)
-    if strangers := checkpoints.strangers(folder):
-        raise ValueError(
-            f"{folder} has {', '.join(strangers)}, which this run did not write, and it keeps only its last two: move "
-            "them elsewhere, or choose another --out"
-        )
-    resumed_step = checkpoints.step_of(checkpoint)
+    checkpoint = _last_checkpoint(folder)
     arguments.eval_on_start &= checkpoint is None
-    log = folder / metrics.FILE_NAME
-    logged: list[TrainerCallback] = [AlphaMetrics()]
-    if arguments.process_index == 0:
-        metrics.truncate(log, resumed_step)
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-        logged += [JsonlLog(log), TensorBoardCallback(writer)]
-        if console is not None:
-            logged.append(ShowProgress(TrainingProgress(console, optimizer, log, arguments.max_steps)))
+    logged = _log_callbacks(optimizer, arguments, folder, checkpoints.step_of(checkpoint), console)
     named = isinstance(arguments.deepspeed, dict) and "optimizer" in arguments.deepspeed
     trainer = WholeBatches(
         model=model,
@@ -160,3 +169,32 @@ def fit(
             raise
         raise explained from error
     return trainer.state.global_step >= arguments.max_steps
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint. Raises ValueError where there are others that this run did not write."""
+    checkpoint = checkpoints.take_up(folder)
+    if strangers := checkpoints.strangers(folder):
+        raise ValueError(
+            f"{folder} has {', '.join(strangers)}, which this run did not write, and it keeps only its last two: move "
+            "them elsewhere, or choose another --out"
+        )
+    return checkpoint
+
+
+def _log_callbacks(
+    optimizer: str, arguments: TrainingArguments, folder: Path, resumed_step: int, console: Console | None
+) -> list[TrainerCallback]:
+    """The callbacks that measure, log and show, in the order in which they must stand.
+
+    What was logged after `resumed_step` is dropped: those steps are made again.
+    """
+    logged: list[TrainerCallback] = [AlphaMetrics()]
+    if arguments.process_index == 0:
+        log = folder / metrics.FILE_NAME
+        metrics.truncate(log, resumed_step)
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+        logged += [JsonlLog(log), TensorBoardCallback(writer)]
+        if console is not None:
+            logged.append(ShowProgress(TrainingProgress(console, optimizer, log, arguments.max_steps)))
+    return logged

@@ -29,8 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alphaadam_dist.paths import cache_dir
 from alphaadam_dist.training.corpus import load_corpus
-from alphaadam_dist.training.data import byte_level_bpe, cache_dir, token_blocks
+from alphaadam_dist.training.data import byte_level_bpe, token_blocks
 
 from .trial import Task, Trial
 

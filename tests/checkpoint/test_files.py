@@ -36,7 +36,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 def job(run: str, cache: str, largest: int | None = None) -> list[str]:
     """One rank of the main job, in a process that has imported everything; the warnings it gave."""
-    from alphaadam_dist.training.job import train
+    from alphaadam_dist.training.rank import train
     from tests.hf.trainer import clean
 
     with clean(), warnings.catch_warnings(record=True) as caught:

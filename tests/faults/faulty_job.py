@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback
 
 from alphaadam_dist.cli import app
 from alphaadam_dist.statistics import Statistics
-from alphaadam_dist.training import job, main_job
-from alphaadam_dist.training.launch import command
+from alphaadam_dist.training import main_job, rank
+from alphaadam_dist.training.start_ranks import command
 
 PLACE, RANK, STEP, FOLDER = os.environ["FAULT"].split(":")
 
@@ -68,12 +68,14 @@ def run_rank() -> None:
         self.add_callback(Accident())
 
     Trainer.__init__ = with_accident  # type: ignore[method-assign]
-    job.main()
+    rank.main()
 
 
 def run_command() -> None:
     def faulty(*args: Any) -> list[str]:
-        return ["tests.faults.faulty_job" if word == "alphaadam_dist.training.job" else word for word in command(*args)]
+        return [
+            "tests.faults.faulty_job" if word == "alphaadam_dist.training.rank" else word for word in command(*args)
+        ]
 
     main_job.command = faulty
     app()

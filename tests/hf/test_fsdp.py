@@ -1,6 +1,6 @@
 """HF's Trainer and Accelerate with FSDP2 and FSDP1 on two ranks: the steps of one process.
 
-On the CPU Accelerate would train on without sharding; ``fsdp.shard_on_cpu`` makes it shard, as it does on GPUs. The
+On the CPU Accelerate would train on without sharding; ``shard_on_cpu`` makes it shard, as it does on GPUs. The
 Trainer's own FSDP1, which it is about to drop, broadcasts through a GPU and cannot run here.
 """
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.training import fsdp
+from alphaadam_dist.training.trainer import FSDP2
 from tests.hf import trainer
 from tests.hf.test_trainer import check
 from tests.models import tiny_llama
@@ -30,13 +30,13 @@ CLIP = 0.5
 
 
 def sharded(states: str) -> dict[str, Any]:
-    return {"fsdp": True, "fsdp_config": {**fsdp.ARGUMENTS["fsdp_config"], "state_dict_type": states}}
+    return {"fsdp": True, "fsdp_config": {**FSDP2["fsdp_config"], "state_dict_type": states}}
 
 
 @pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"clip_norm": CLIP}], ids=["exact", "delayed", "clip"])
 def test_trainer_fsdp2(ranks2: Ranks, tmp_path: Path, options: dict[str, Any]) -> None:
     """Clipped by the Trainer, through Accelerate, or by the optimizer."""
-    arguments = {**fsdp.ARGUMENTS, **({"max_grad_norm": 0.0} if "clip_norm" in options else {})}
+    arguments = {**FSDP2, **({"max_grad_norm": 0.0} if "clip_norm" in options else {})}
     ranks = ranks2.run(trainer.train, str(tmp_path), None, arguments, client={**trainer.ADAM, **options})
     clip = 0.0 if "clip_norm" in options else CLIP
     check(ranks, trainer.alone(trainer.hf_groups, options, clip=clip), f"Trainer, FSDP2, {options}")
@@ -59,7 +59,7 @@ def test_trainer_resumes(ranks2: Ranks, tmp_path: Path, states: str) -> None:
 
 
 def as_on_gpus() -> None:
-    """What ``fsdp.shard_on_cpu`` does, and the device without the index that FSDP1 cannot have on a CPU."""
+    """What ``shard_on_cpu`` does, and the device without the index that FSDP1 cannot have on a CPU."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.optimizer import AlphaOptimizer
-from alphaadam_dist.training import fsdp
+from alphaadam_dist.training.trainer import shard_on_cpu
 from tests.models import tiny_llama, token_batches
 from tests.zero import engine
 
@@ -124,7 +124,7 @@ def train(folder: str, ds_config: dict[str, Any] | None, arguments: dict[str, An
     with clean():
         args = TrainingArguments(output_dir=folder, deepspeed=ds_config, **{**ARGUMENTS, **(arguments or {})})
         if args.fsdp:
-            fsdp.shard_on_cpu(args)
+            shard_on_cpu(args)
         model = build() if build else tiny_llama(seed)
         trainer = Trainer(
             model=model,

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.configs import config_path
+from alphaadam_dist.paths import config_path
 from tests.hf import trainer
 from tests.models import tiny_llama, token_batches
 from tests.ranks import Ranks
@@ -43,7 +43,9 @@ def train(variables: dict[str, str]) -> dict[str, Any]:
     with trainer.clean():
         os.environ.update(variables)
         PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # see training/fsdp.py
+        PartialState._shared_state["distributed_type"] = (
+            DistributedType.MULTI_GPU
+        )  # see shard_on_cpu in training/trainer.py
         accelerator = Accelerator()
         plugin = accelerator.state.fsdp_plugin
         offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alphaadam_dist.training.answers import FILE_NAME, print_answers
+from recipes.answers import FILE_NAME, print_answers
 
 TOLD = {"questions": ["Why?"], "before": ["[red]"], "after": ["So."]}
 

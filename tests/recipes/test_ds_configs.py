@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from alphaadam_dist import AlphaAdam, plan
-from alphaadam_dist.configs import config_path
+from alphaadam_dist.paths import config_path
 from alphaadam_dist.training.ds_config import ds_config_path, load_ds_config, read_ds_config
-from alphaadam_dist.training.job import leave
+from alphaadam_dist.training.rank import leave
 
 FOLDER = config_path("ds_configs/zero2.json").parent
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))

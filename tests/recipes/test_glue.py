@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from alphaadam_dist.training import glue
-from alphaadam_dist.training.glue import TASKS, load_task
+from recipes import glue
+from recipes.glue import TASKS, load_task
 
 PREDICTED = np.array([1, 1, 1, 0, 0, 0, 0, 1])
 TRUE = np.array([1, 1, 0, 0, 0, 1, 0, 0])  # 2 hits, 2 false alarms, 1 miss, 3 rightly left out

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from alphaadam_dist.training.corpus import Corpus, load_corpus
 from alphaadam_dist.training.data import END_OF_TEXT, byte_level_bpe, collate
-from alphaadam_dist.training.instructions import (
+from recipes.instructions import (
     IGNORED,
     blocks,
     encode_chat,

@@ -15,7 +15,7 @@ from alphaadam_dist.training import checkpoints, metrics
 from alphaadam_dist.training.corpus import load_corpus
 from alphaadam_dist.training.data import byte_level_bpe
 from alphaadam_dist.training.models import load_model
-from alphaadam_dist.training.presets import TINY
+from alphaadam_dist.training.settings import TINY
 
 STEPS = 6
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from alphaadam_dist.training import callbacks, checkpoints, metrics
 from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
-from alphaadam_dist.training.launch import free_port
+from alphaadam_dist.training.start_ranks import free_port
 from tests.hf import trainer
 from tests.ranks import Ranks
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from alphaadam_dist.training import checkpoints, metrics, tie
-from alphaadam_dist.training.launch import free_port
+from alphaadam_dist.training.start_ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0  # for a launcher to start its ranks on a busy machine

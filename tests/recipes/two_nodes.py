@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.training.job import leave
+from alphaadam_dist.training.rank import leave
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LR = 1e-2

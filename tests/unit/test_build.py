@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from alphaadam_dist import AlphaAdam, cache, kernels
+from alphaadam_dist import AlphaAdam, kernels, paths
 from alphaadam_dist.kernels import build, cpu, reference
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_the_reference_goes_on(
 def test_the_cache_folder_of_anything_else_says_what_to_set(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_file(monkeypatch, quick)
     with pytest.raises(OSError, match=r"no cache folder.*File exists.*set ALPHAADAM_CACHE to a folder of your own"):
-        cache.cache_dir()
+        paths.cache_dir()
 
 
 # ---- who may write there

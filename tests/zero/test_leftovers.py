@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from alphaadam_dist.training import main_job, recipe
-from alphaadam_dist.training.launch import LaunchError
+from alphaadam_dist.training import main_job
+from alphaadam_dist.training.start_ranks import LaunchError
 from alphaadam_dist.zero import leftovers
-from tests.recipes.test_runs import SETTINGS
+from recipes.run import Epochs, Lr, Out, Recipe, Training, WeightDecay, command
+from tests.recipes.test_run_folder import SETTINGS
 
 
 @pytest.fixture
@@ -189,19 +190,19 @@ def test_the_recipes_clear_before_they_train(lock: Path, tmp_path: Path, monkeyp
         monkeypatch.setenv(name, value)  # which the recipe does, too
 
     @dataclass(frozen=True, kw_only=True)
-    class Small(recipe.Recipe):
-        lr: recipe.Lr = 1e-3
-        weight_decay: recipe.WeightDecay = 0.0
-        epochs: recipe.Epochs = 1.0
-        out: recipe.Out = tmp_path / "out"
+    class Small(Recipe):
+        lr: Lr = 1e-3
+        weight_decay: WeightDecay = 0.0
+        epochs: Epochs = 1.0
+        out: Out = tmp_path / "out"
 
-    def main(options: Small, training: recipe.Training) -> None:
+    def main(options: Small, training: Training) -> None:
         """Nothing."""
         there.append(lock.exists())
 
     config = tmp_path / "ds.json"
     config.write_text("{}")
-    result = CliRunner().invoke(recipe.command(Small, main), ["--deepspeed", str(config)])
+    result = CliRunner().invoke(command(Small, main), ["--deepspeed", str(config)])
     assert result.exit_code == 0, result.output
     assert there == [False]
     assert "Removed" in result.output

@@ -21,7 +21,7 @@ from alphaadam_dist.training.tie import STARTED_BY
 
 LOG_NAME = "train.log"
 SIGTERM_CODE = 128 + signal.SIGTERM
-_RESTARTS = 1  # a rank may die; a mistake in the settings should not take long to show
+_RESTARTS = 1  # for a rank that died; more would only delay the report of a mistake in the settings
 _POLL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 5.0
 _TAIL_LINES = 30
@@ -29,7 +29,7 @@ _DIED = re.compile(r"(?:exitcode\s*:|return code =)\s*-(\d+)")  # what torchrun 
 
 
 class Stopped(Exception):
-    """SIGTERM came, and the training has ended; ``saved``: with a checkpoint of the step it had come to."""
+    """SIGTERM came, and the training has ended. ``saved``: with a checkpoint of the step that it had reached."""
 
     def __init__(self, saved: bool) -> None:
         done = "saved" if saved else "the ranks ended before they had saved"
@@ -52,13 +52,13 @@ class LaunchError(Explained):
 
 
 class Output:
-    """What the ranks write: into the log, and searched for the reason of a failure.
+    """What the ranks write: it goes into the log, and is searched for the reason of a failure.
 
-    It goes through this process because a full disk, the most common reason of all, would not take it.
+    It passes through this process, because a full disk, the most common reason, cannot take the log.
 
     Attributes:
         writer: the descriptor that the ranks write to.
-        final: set once a rank failed by itself, not because another one was gone: a new start would fail too.
+        final: set once a rank failed by itself, not because another rank was gone. A new start would fail too.
     """
 
     def __init__(self, log: Path) -> None:
@@ -107,7 +107,7 @@ class Output:
 
     @property
     def reason(self) -> Reason | None:
-        """The first that a rank told; one of its own before one that another's end gave it."""
+        """The first that a rank told. A reason of its own goes before one that the end of another rank caused."""
         return next(iter(sorted(self._reasons, key=lambda reason: reason.lost)), None)
 
 
@@ -121,19 +121,19 @@ def command(run: Path, optimizer: str, settings: Settings) -> list[str]:
         ranks = ["--standalone", "--nproc-per-node", str(settings.gpus), "--max-restarts", str(_RESTARTS)]
     else:
         ranks = ["--num_gpus", str(settings.gpus), "--master_port", str(free_port()), "--no_local_rank"]
-    return [launcher, *ranks, "--module", "alphaadam_dist.training.job", str(run), optimizer]
+    return [launcher, *ranks, "--module", "alphaadam_dist.training.rank", str(run), optimizer]
 
 
 def _path() -> str:
-    """Where programs are: beside the running interpreter first, for an environment need not be activated to be used."""
+    """Where programs are: first beside the running interpreter, whose environment need not be activated."""
     return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 
 
 def launch(line: list[str], folder: Path, settings: Settings, while_running: Callable[[], None]) -> None:
     """Run the command line, calling `while_running` a few times a second; the ranks' output goes to a log.
 
-    SIGTERM to this process is handed to the ranks through their standard input, because the launchers would kill them
-    soon after: they save and stop.
+    SIGTERM to this process is passed to the ranks through their standard input, and they save and stop. The launchers
+    would pass it on too, but kill the ranks soon after.
 
     Raises:
         Stopped: SIGTERM came.
@@ -151,7 +151,7 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
     threads = max(1, (os.cpu_count() or 1) // settings.gpus)
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        # else restarted ranks find the addresses of the dead ones in the store that torchrun keeps, and call those
+        # without it restarted ranks find the addresses of dead ones in the store that torchrun keeps, and use them
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
         "PATH": _path(),  # DeepSpeed compiles with the ninja it finds first

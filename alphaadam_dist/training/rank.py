@@ -1,4 +1,4 @@
-"""One rank of a training run. The launcher starts it as `python -m alphaadam_dist.training.job RUN OPTIMIZER`.
+"""One rank of a training run. The launcher starts it as `python -m alphaadam_dist.training.rank RUN OPTIMIZER`.
 
 It reads the run's settings, goes on from the last complete checkpoint if there is one, trains, and leaves in
 RUN/OPTIMIZER: `metrics.jsonl`, `tensorboard/` and the checkpoints. SIGTERM to any rank saves and stops all of them.
@@ -29,13 +29,13 @@ def main() -> None:
             train(run, optimizer, asked_to_stop)
         except Exception as error:
             tell(error)
-            end(1)  # the others may wait for this rank: it waits for nobody
+            end(1)  # the others may wait for this rank: it must not wait for them
         leave()
 
 
 @contextmanager
 def sigterm_asks() -> Iterator[threading.Event]:
-    """SIGTERM sets the event in place of ending the process."""
+    """SIGTERM sets the event instead of ending the process."""
     asked_to_stop = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
     try:
@@ -45,7 +45,7 @@ def sigterm_asks() -> Iterator[threading.Event]:
 
 
 def listen(asked_to_stop: threading.Event) -> None:
-    """Stop when `alphaadam train`, at the other end of standard input, writes a byte.
+    """Set the event when `alphaadam train`, at the other end of standard input, writes a byte.
 
     The ranks share the pipe, and one of them gets the byte.
     """
@@ -54,10 +54,10 @@ def listen(asked_to_stop: threading.Event) -> None:
 
 
 def leave(code: int = 0) -> None:
-    """End this rank with an exit code, where it is one of a process group, without the interpreter's own end.
+    """End this rank with an exit code, without the interpreter's own shutdown, if it is in a process group.
 
-    Threads of torch's and DeepSpeed's libraries that still run then abort, now and then, a process that has finished,
-    and its launcher reports a failed run.
+    In that shutdown, threads of torch and DeepSpeed that still run sometimes abort a process that has finished, and
+    its launcher then reports a failed run.
     """
     import torch.distributed as dist
 

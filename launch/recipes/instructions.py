@@ -1,7 +1,7 @@
 """Instruction data: from JSON lines, a hub dataset or plain text to packed blocks whose labels are the answers only.
 
 Blocks are `input_ids`, `labels` (-100 where nothing is to be learned) and `position_ids`. Positions start again at 0
-with each example: Transformers sees from that where examples meet, and lets none attend to another.
+with each example: Transformers sees from that where an example begins, and lets none attend to another.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ IGNORED = -100
 Row = dict[str, Any]
 Example = dict[str, list[int]]
 
-# For a tokenizer that comes without one, and then saved with it, so that the model is asked as it was trained.
+# For a tokenizer without a template. It is saved with the tokenizer, so that users ask the model as it was trained.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
@@ -34,7 +34,7 @@ def load_instructions(data: str, held_out: str | None = None) -> Corpus:
         held_out: the same kind of data, to measure on; without it part of `data` is held out.
 
     Raises:
-        ValueError: columns of another kind, or a row in which something is missing, named.
+        ValueError: the columns are of another kind, or something is missing in a row, which the message names.
     """
     if is_local_text(data):
         return load_corpus(data, held_out)
@@ -99,7 +99,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 
 def encode_chat(messages: list[Row], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokens and labels of a conversation. A label is a token of the assistant's, its end mark included, or -100."""
+    """Tokens and labels of a conversation. A label is -100, or a token of the assistant's, end mark included."""
 
     def rendered(upto: int, **options: Any) -> str:
         return str(tokenizer.apply_chat_template(messages[:upto], tokenize=False, **options))

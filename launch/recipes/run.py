@@ -1,7 +1,7 @@
-"""What the recipes in `launch/` share: their options, their command line, and one training from start to report.
+"""A run of a recipe with one optimizer: its options, its command line, and the training from start to report.
 
-A recipe is started once on every rank, by any launcher, like a script of Hugging Face's. It trains with one optimizer,
-in OUT/OPTIMIZER. Started again with the other one and the same OUT, it shows both.
+Any launcher starts a recipe, once on every rank, like a script of Hugging Face's. It trains with one optimizer and
+writes to OUT/OPTIMIZER. Started again with the other optimizer and the same OUT, it shows the results of both.
 """
 
 import inspect
@@ -20,9 +20,8 @@ import typer
 from rich.console import Console
 
 from alphaadam_dist.training import metrics, reasons
-from alphaadam_dist.training.job import leave, sigterm_asks
-from alphaadam_dist.training.launch import SIGTERM_CODE, Stopped, free_port
-from alphaadam_dist.training.runs import PICTURE_NAME, open_half
+from alphaadam_dist.training.rank import leave, sigterm_asks
+from alphaadam_dist.training.run_folder import PICTURE_NAME, open_optimizer_folder
 from alphaadam_dist.training.settings import (
     LARGE,
     MANY,
@@ -32,6 +31,7 @@ from alphaadam_dist.training.settings import (
     check_rates,
     check_seed,
 )
+from alphaadam_dist.training.start_ranks import SIGTERM_CODE, Stopped, free_port
 from alphaadam_dist.training.tie import end, tie
 from alphaadam_dist.verify.rendezvous import environment
 from alphaadam_dist.zero import leftovers
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 _FINISHED = "finished"
 WHAT, HOW, RUN = "What to train", "How to run it", "Results"
-_NOT_COMPARED = ("optimizer", "out", "resume", "local_rank", "save_every")  # runs that differ in these are comparable
+_NOT_COMPARED = ("optimizer", "out", "resume", "local_rank", "save_every")  # runs that differ in these can be compared
 
 
 def option(help: str, panel: str, *names: str, default: str | None = None, hidden: bool = False) -> Any:
-    """A typer option. `default` is how the help describes a default that depends on something; None shows the value."""
+    """A typer option. `default` describes in the help a default that depends on something; None shows the value."""
     text = help if default is None else f"{help} Default: {default}."
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=default is None, hidden=hidden)
 
@@ -133,7 +133,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """It has trained to the end before: there is only something to report."""
+        """Whether it has trained to the end already, and only the report is left."""
         return self.recipe.resume and (self.folder / _FINISHED).exists()
 
     def arguments(self, **options: Any) -> "TrainingArguments":
@@ -174,7 +174,7 @@ class Training:
 
         Args:
             warmup: share of the steps over which the learning rate rises.
-            evaluations: times to look at the held-out data on the way, at least every 500 steps.
+            evaluations: how often to measure on the held-out data during the training; at least every 500 steps.
         """
         in_a_step = self.recipe.batch * self.recipe.accumulate * arguments.world_size
         steps = self.recipe.steps or math.ceil(self.recipe.epochs * rows / in_a_step)
@@ -189,9 +189,9 @@ class Training:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def train(self, *what: Any, callbacks: Sequence["TrainerCallback"] = (), **options: Any) -> None:
-        """`trainer.fit` for this optimizer, with progress; what it takes is the same.
+        """Call `trainer.fit` for this optimizer, with these arguments, and show the progress.
 
-        Raises Stopped where any rank was asked to stop: that step is saved.
+        Raises Stopped where any rank was asked to stop; the step it had reached is saved.
         """
         from alphaadam_dist.training.callbacks import SaveAndStop
         from alphaadam_dist.training.ds_config import naming_config
@@ -206,10 +206,10 @@ class Training:
             (self.folder / _FINISHED).touch()
 
     def report(self, scores: Sequence[str] = ()) -> None:
-        """Show the results, beside the other optimizer's where it has been trained too.
+        """Show the results, beside those of the other optimizer where it has been trained too.
 
         Args:
-            scores: names of the evaluation's metrics, for a table of these; none for a table of losses.
+            scores: the evaluation's metrics to show in a table; without them the table shows the losses.
         """
         if not self.first:
             return
@@ -255,12 +255,14 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
         joined = dist.is_initialized()
         console = Console()
         try:
-            os.environ.update(_launched())
+            os.environ.update(_rank_variables())
             first = os.environ["RANK"] == "0"
             recipe = kind(**values)
             if recipe.deepspeed is not None:
                 leftovers.clear(console.print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda _: None)
-            opened = open_half(recipe.out, recipe.optimizer, recipe.resume, recipe) if first else nullcontext()
+            opened = (
+                open_optimizer_folder(recipe.out, recipe.optimizer, recipe.resume, recipe) if first else nullcontext()
+            )
             with opened, sigterm_asks() as asked_to_stop:
                 if not joined:
                     tie(asked_to_stop)
@@ -276,7 +278,7 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
         except Exception as error:
             _say_why(error)
             if not joined and dist.is_initialized():
-                end(1)  # other ranks may wait for this one: it waits for nobody
+                end(1)  # other ranks may wait for this one: it must not wait for them
             raise typer.Exit(1) from None
 
     run.__doc__ = inspect.cleandoc(main.__doc__ or "")
@@ -293,15 +295,15 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
 
 
 def _say_why(error: Exception) -> None:
-    """The reason in one line; before it the traceback, where the line may not be enough."""
+    """Print the reason in one line, after the traceback where that line may not be enough."""
     error = reasons.with_missing_ranks(error) or error
     if not reasons.is_explained(error):
         traceback.print_exception(error)
     reasons.print_error(reasons.of(error).text)
 
 
-def _launched() -> dict[str, str]:
-    """This rank's place as every launcher should tell it. A process that is alone takes any free port."""
+def _rank_variables() -> dict[str, str]:
+    """The variables of this rank, as every launcher should set them. A single process takes any free port."""
     told = environment(os.environ)
     if told["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
         told["MASTER_PORT"] = str(free_port())

@@ -1,4 +1,4 @@
-"""The launcher: its command line, its failures, and ranks that end with the process that started them."""
+"""Starting the ranks: the command line, its failures, and ranks that end with the process that started them."""
 
 import os
 import signal
@@ -13,22 +13,22 @@ import pytest
 
 from alphaadam_dist.rank_failures import RankLost
 from alphaadam_dist.training import reasons, tie
-from alphaadam_dist.training.launch import LaunchError, Stopped, command, launch
-from tests.recipes.test_runs import SETTINGS
+from alphaadam_dist.training.start_ranks import LaunchError, Stopped, command, launch
+from tests.recipes.test_run_folder import SETTINGS
 
 
 def test_the_command_line_is_deepspeeds_own(tmp_path: Path):
     line = command(tmp_path, "adamw", replace(SETTINGS, gpus=3))
     assert Path(line[0]).name == "deepspeed"
     assert line[1:3] == ["--num_gpus", "3"]
-    assert line[-4:] == ["--module", "alphaadam_dist.training.job", str(tmp_path), "adamw"]
+    assert line[-4:] == ["--module", "alphaadam_dist.training.rank", str(tmp_path), "adamw"]
 
 
 def test_fsdp_is_started_by_torchrun(tmp_path: Path):
     line = command(tmp_path, "alphaadam", replace(SETTINGS, zero=None, fsdp=True, gpus=3))
     assert Path(line[0]).name == "torchrun"
     assert line[1:6] == ["--standalone", "--nproc-per-node", "3", "--max-restarts", "1"]
-    assert line[-4:] == ["--module", "alphaadam_dist.training.job", str(tmp_path), "alphaadam"]
+    assert line[-4:] == ["--module", "alphaadam_dist.training.rank", str(tmp_path), "alphaadam"]
 
 
 def test_a_failure_without_a_reason_shows_the_end_of_the_log_and_its_path(tmp_path: Path):
@@ -116,7 +116,7 @@ def test_an_interrupt_ends_the_ranks(tmp_path: Path):
 @pytest.mark.parametrize(("code", "saved"), [(0, True), (3, False)])
 def test_sigterm_reaches_the_ranks_through_their_standard_input(tmp_path: Path, code: int, saved: bool):
     rank = (
-        "import os, sys, threading; from alphaadam_dist.training.job import listen; asked = threading.Event(); "
+        "import os, sys, threading; from alphaadam_dist.training.rank import listen; asked = threading.Event(); "
         "threading.Thread(target=listen, args=(asked,), daemon=True).start(); "
         f"sys.exit({code} if asked.wait(100) else 9)"
     )
@@ -141,8 +141,8 @@ def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path):
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(100)"
     )
     parent_code = (
-        "import sys; from pathlib import Path; from alphaadam_dist.training.launch import launch; "
-        "from tests.recipes.test_runs import SETTINGS; "
+        "import sys; from pathlib import Path; from alphaadam_dist.training.start_ranks import launch; "
+        "from tests.recipes.test_run_folder import SETTINGS; "
         f"launch([sys.executable, '-c', {rank!r}], Path({str(tmp_path)!r}), SETTINGS, lambda: None)"
     )
     with subprocess.Popen([sys.executable, "-c", parent_code]) as parent:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alphaadam_dist.training.runs import open_half, open_run
+from alphaadam_dist.training.run_folder import open_optimizer_folder, open_run
 from alphaadam_dist.training.settings import FILE_NAME, Settings
 
 SETTINGS = Settings(
@@ -204,7 +204,10 @@ def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path, resume: bool):
         ("n" * 300, "file name too long"),
         ("/sys/alphaadam", "(operation not permitted|permission denied|read-only file system)"),
     ):
-        for start in (open_run(tmp_path / out, resume, SETTINGS), open_half(tmp_path / out, "adamw", resume, SETTINGS)):
+        for start in (
+            open_run(tmp_path / out, resume, SETTINGS),
+            open_optimizer_folder(tmp_path / out, "adamw", resume, SETTINGS),
+        ):
             with pytest.raises(ValueError, match=rf"^--out {tmp_path / out} cannot be used, \S+: {why}: \w+"), start:
                 pass
     assert tree(tmp_path) == {"file": b"mine"}
@@ -217,20 +220,20 @@ def test_a_folder_of_somebody_elses_is_not_taken_for_a_run(tmp_path: Path):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(held)
         before = tree(folder)
-        for start in (open_run(folder, True, SETTINGS), open_half(folder, "adamw", True, SETTINGS)):
+        for start in (open_run(folder, True, SETTINGS), open_optimizer_folder(folder, "adamw", True, SETTINGS)):
             with pytest.raises(ValueError, match=r"start afresh with another --out|choose another --out"), start:
                 pass
         assert tree(folder) == before
 
 
 def test_a_half_after_one_that_failed_at_once_may_have_other_settings(tmp_path: Path):
-    with open_half(tmp_path, "alphaadam", False, SETTINGS):
+    with open_optimizer_folder(tmp_path, "alphaadam", False, SETTINGS):
         pass
-    with open_half(tmp_path, "alphaadam", False, replace(SETTINGS, lr=2e-3)) as folder:
+    with open_optimizer_folder(tmp_path, "alphaadam", False, replace(SETTINGS, lr=2e-3)) as folder:
         assert Settings.load(tmp_path).lr == 2e-3
         (folder / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=r"--lr is 0.003, .* started with 0.002"):  # noqa: SIM117
-        with open_half(tmp_path, "adamw", False, replace(SETTINGS, lr=3e-3)):
+        with open_optimizer_folder(tmp_path, "adamw", False, replace(SETTINGS, lr=3e-3)):
             pass
 
 

@@ -22,7 +22,7 @@ def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Pat
 
     Without `out` runs are numbered: `runs/train-1`, `runs/train-2` and so on, and `resume` takes the newest.
 
-    Raises ValueError where the folder is somebody else's, is in use, or cannot be made or written to.
+    Raises ValueError where the folder is another program's, is in use, or cannot be made or written to.
     """
     run = out or _numbered(resume)
     with _naming_out(run):
@@ -44,17 +44,18 @@ def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Pat
 
 
 @contextmanager
-def open_half(run: Path, optimizer: str, resume: bool, settings: SavedSettings) -> Iterator[Path]:
-    """Yield RUN/OPTIMIZER to train in, locked while the context lasts; the other optimizer's may be there already.
+def open_optimizer_folder(run: Path, optimizer: str, resume: bool, settings: SavedSettings) -> Iterator[Path]:
+    """Yield RUN/OPTIMIZER to train in, locked while the context lasts.
 
-    Both are trained with the same settings, or the second is refused. Raises ValueError as `open_run`.
+    The other optimizer's folder may be there already. The second optimizer is refused where its settings are not those
+    of the first. Raises ValueError as `open_run`.
     """
     folder = run / optimizer
     with _naming_out(run):
         if (folder / metrics.FILE_NAME).exists() and not resume:
             raise ValueError(f"{folder} has a training already: add --resume to go on with it, or choose another --out")
         if (run / FILE_NAME).exists():
-            # a start that failed before its first step leaves settings behind, and the next may have others
+            # a start that failed before its first step leaves settings behind; the next start may have others
             begun = any((run / name / metrics.FILE_NAME).exists() for name in OPTIMIZERS)
             settings.check_resumes(run) if begun else settings.read(run)
         elif (run / PICTURE_NAME).exists() or any(_used(run / name) for name in OPTIMIZERS):
@@ -92,7 +93,7 @@ def _naming_out(out: Path) -> Iterator[None]:
 
 
 def _used(folder: Path) -> list[str]:
-    """What is in a folder, apart from what a start that went no further leaves there."""
+    """What is in a folder, apart from what a start that failed at once leaves there."""
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(name for name in found if name != _LOCK_NAME and not name.startswith(f"{FILE_NAME}.partial"))
 

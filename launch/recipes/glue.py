@@ -27,7 +27,7 @@ def accuracy(predicted: Numbers, true: Numbers) -> float:
 
 
 def f1(predicted: Numbers, true: Numbers) -> float:
-    """The harmonic mean of precision and recall of label 1; 0 where it is never predicted rightly."""
+    """The harmonic mean of precision and recall of label 1; 0 where label 1 is never predicted correctly."""
     hits = np.sum((predicted == 1) & (true == 1))
     return float(2 * hits / max(np.sum(predicted == 1) + np.sum(true == 1), 1))
 
@@ -133,8 +133,8 @@ def _read(task: Task, name: str, path: Path) -> Dataset:
         raise ValueError(f"{path} is not a CSV or TSV file: give one that exists and ends with .csv or .tsv")
     columns = [*task.columns, "label"]
     try:
-        # Text stays text: neither quotes in a TSV nor words such as NA and null mean anything. Without index_col=False
-        # pandas would take the first one for it, where rows are longer than the header, and shift the others.
+        # Text stays text: neither quotes in a TSV nor words such as NA and null mean anything. Without index_col=False,
+        # where rows are longer than the header, pandas would take the first column as the index and shift the others.
         quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
         with warnings.catch_warnings():
             warnings.simplefilter("error", pandas.errors.ParserWarning)
