@@ -7,14 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from alphaadam_dist.training import checkpoints, metrics
+from alphaadam_dist.training import checkpoints, leftovers, metrics
 from alphaadam_dist.training.plots import plot_run
 from alphaadam_dist.training.progress import TrainingProgress
 from alphaadam_dist.training.run_folder import PICTURE_NAME
 from alphaadam_dist.training.settings import OPTIMIZERS, Settings
 from alphaadam_dist.training.start_ranks import LOG_NAME, LaunchError, command, launch
 from alphaadam_dist.training.summary import print_losses, print_samples
-from alphaadam_dist.zero import leftovers
 
 
 def run_main_job(console: Console, run: Path, settings: Settings, optimizers: list[str]) -> None:

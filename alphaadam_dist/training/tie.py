@@ -63,7 +63,7 @@ def _watch(pids: list[int], asked_to_stop: threading.Event, seconds: float) -> N
 def end(code: int) -> NoReturn:
     """End this process at once, whatever its threads do, and take along what DeepSpeed would leave in /dev/shm."""
     if "deepspeed" in sys.modules:
-        from alphaadam_dist.zero.leftovers import free_shared_memory
+        from alphaadam_dist.training.leftovers import free_shared_memory
 
         free_shared_memory()
     with suppress(OSError):

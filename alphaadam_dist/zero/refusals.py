@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,92 +13,105 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_mod
 
 from ..optimizer import AlphaOptimizer
 
+Refusal = tuple[bool, str, str]
+"""Whether it is there, what it is, and what to do."""
+
 
 def refuse(engine: Any, optimizer: AlphaOptimizer) -> None:
     """Raise ValueError for the first feature of this engine under which the result would not be exact."""
-    config = engine._config
-    offload = engine.zero_offload_optimizer()
-    on_nvme = offload is not None and offload.device == "nvme"
-    mpu = engine.mpu
-    stage = engine.zero_optimization_stage()
-    refused: list[tuple[bool, str, str]] = [
-        (
-            optimizer.defaults["clip_norm"] is not None,
-            f"optimizer.params.clip_norm={optimizer.defaults['clip_norm']!r}",
-            "DeepSpeed clips by itself: remove clip_norm and set gradient_clipping in the DeepSpeed config",
-        ),
-        (
-            optimizer.sharding != "auto" or optimizer.process_group is not None,
-            f"sharding={optimizer.sharding!r}, process_group={optimizer.process_group!r}",
-            "DeepSpeed decides how the model is sharded: leave both at their defaults",
-        ),
-        (
-            isinstance(engine.module, PipelineModule)
-            or (mpu is not None and bwc_pipeline_parallel_world_size(mpu) > 1),
-            "pipeline parallelism (a PipelineModule, or an mpu with more than one stage)",
-            "each stage would get an alpha of its own: use ZeRO-3, or FSDP2, to fit the model",
-        ),
-        (
-            engine.autotp_size() > 1 or (mpu is not None and bwc_tensor_model_parallel_world_size(mpu) > 1),
-            f"tensor parallelism (tensor_parallel.autotp_size={engine.autotp_size()!r}, or an mpu)",
-            "each tensor-parallel rank would get an alpha of its own: set autotp_size to 1 and use ZeRO-3",
-        ),
-        (
-            bool(getattr(config.compile_config, "deepcompile", False)),
-            "compile.deepcompile=true",
-            "DeepCompile steps past the hooks that count: set it to false",
-        ),
-        (
-            engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
-            "torch_autocast with dtype float16",
-            "its GradScaler may skip one parameter group of a step: use dtype bfloat16, or the fp16 section",
-        ),
-        (
-            engine.fp16_master_weights_and_gradients(),
-            "fp16.fp16_master_weights_and_grads=true",
-            "fp16 moments lose the gradients' signs: set it to false",
-        ),
-        (
-            engine.bf16_master_weights_and_gradients() or engine.bf16_optimizer_states(),
-            "bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states=true",
-            "moments in bf16 stop following the gradients: set both to false",
-        ),
-        (
-            engine.super_offload(),
-            "zero_optimization.offload_optimizer.super_offload=true",
-            "it runs DeepSpeed's own CPU Adam: set it to false",
-        ),
-        (
-            engine.zenflow_config() is not None,
-            "zero_optimization.zenflow",
-            "it updates some columns at other times than the rest: remove the section",
-        ),
-        (
-            engine.zero_partial_offload() < 1.0,
-            f"zero_optimization.offload_optimizer.ratio={engine.zero_partial_offload()!r}",
-            "the part kept on the GPU is stepped by another optimizer: set ratio to 1.0",
-        ),
-        (
-            on_nvme and optimizer.defaults["sync"] == "exact",
-            "zero_optimization.offload_optimizer.device='nvme' with sync='exact'",
-            "counting before the update would read every state from disk twice: set sync='delayed'",
-        ),
-        (
-            engine.zero_elastic_checkpoint() and stage > 0,
-            "zero_optimization.elastic_checkpoint=true",
-            "DeepSpeed could load none of the checkpoints that it saves so: set it to false, and change the number of "
-            "ranks through a universal checkpoint",
-        ),
-        (
-            engine.has_moe_layers and stage == 3,
-            "DeepSpeed MoE layers with zero_optimization.stage=3",
-            "its partitions of experts are not told apart: use stage 1 or 2",
-        ),
-    ]
-    for present, what, fix in refused:
+    for present, what, fix in chain(
+        _of_the_optimizer(optimizer), _of_the_parallelism(engine), _of_the_precision(engine),
+        _of_the_offload(engine, optimizer),
+    ):  # fmt: skip
         if present:
             raise ValueError(f"{type(optimizer).__name__} under DeepSpeed does not serve {what}: {fix}")
     refuse_outside(engine, optimizer, optimizer.param_groups)
+
+
+def _of_the_optimizer(optimizer: AlphaOptimizer) -> Iterator[Refusal]:
+    clip_norm = optimizer.defaults["clip_norm"]
+    yield (
+        clip_norm is not None,
+        f"optimizer.params.clip_norm={clip_norm!r}",
+        "DeepSpeed clips by itself: remove clip_norm and set gradient_clipping in the DeepSpeed config",
+    )
+    yield (
+        optimizer.sharding != "auto" or optimizer.process_group is not None,
+        f"sharding={optimizer.sharding!r}, process_group={optimizer.process_group!r}",
+        "DeepSpeed decides how the model is sharded: leave both at their defaults",
+    )
+
+
+def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
+    mpu = engine.mpu
+    yield (
+        isinstance(engine.module, PipelineModule) or (mpu is not None and bwc_pipeline_parallel_world_size(mpu) > 1),
+        "pipeline parallelism (a PipelineModule, or an mpu with more than one stage)",
+        "each stage would get an alpha of its own: use ZeRO-3, or FSDP2, to fit the model",
+    )
+    yield (
+        engine.autotp_size() > 1 or (mpu is not None and bwc_tensor_model_parallel_world_size(mpu) > 1),
+        f"tensor parallelism (tensor_parallel.autotp_size={engine.autotp_size()!r}, or an mpu)",
+        "each tensor-parallel rank would get an alpha of its own: set autotp_size to 1 and use ZeRO-3",
+    )
+    yield (
+        bool(getattr(engine._config.compile_config, "deepcompile", False)),
+        "compile.deepcompile=true",
+        "DeepCompile steps past the hooks that count: set it to false",
+    )
+    yield (
+        engine.has_moe_layers and engine.zero_optimization_stage() == 3,
+        "DeepSpeed MoE layers with zero_optimization.stage=3",
+        "its partitions of experts are not told apart: use stage 1 or 2",
+    )
+    yield (
+        engine.zero_elastic_checkpoint() and engine.zero_optimization_stage() > 0,
+        "zero_optimization.elastic_checkpoint=true",
+        "DeepSpeed could load none of the checkpoints that it saves so: set it to false, and change the number of "
+        "ranks through a universal checkpoint",
+    )
+
+
+def _of_the_precision(engine: Any) -> Iterator[Refusal]:
+    yield (
+        engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+        "torch_autocast with dtype float16",
+        "its GradScaler may skip one parameter group of a step: use dtype bfloat16, or the fp16 section",
+    )
+    yield (
+        engine.fp16_master_weights_and_gradients(),
+        "fp16.fp16_master_weights_and_grads=true",
+        "fp16 moments lose the gradients' signs: set it to false",
+    )
+    yield (
+        engine.bf16_master_weights_and_gradients() or engine.bf16_optimizer_states(),
+        "bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states=true",
+        "moments in bf16 stop following the gradients: set both to false",
+    )
+
+
+def _of_the_offload(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
+    offload = engine.zero_offload_optimizer()
+    yield (
+        engine.super_offload(),
+        "zero_optimization.offload_optimizer.super_offload=true",
+        "it runs DeepSpeed's own CPU Adam: set it to false",
+    )
+    yield (
+        engine.zenflow_config() is not None,
+        "zero_optimization.zenflow",
+        "it updates some columns at other times than the rest: remove the section",
+    )
+    yield (
+        engine.zero_partial_offload() < 1.0,
+        f"zero_optimization.offload_optimizer.ratio={engine.zero_partial_offload()!r}",
+        "the part kept on the GPU is stepped by another optimizer: set ratio to 1.0",
+    )
+    yield (
+        offload is not None and offload.device == "nvme" and optimizer.defaults["sync"] == "exact",
+        "zero_optimization.offload_optimizer.device='nvme' with sync='exact'",
+        "counting before the update would read every state from disk twice: set sync='delayed'",
+    )
 
 
 def refuse_outside(engine: Any, optimizer: AlphaOptimizer, groups: Iterable[Mapping[str, Any]]) -> None:

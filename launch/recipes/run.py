@@ -19,7 +19,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from alphaadam_dist.training import metrics, reasons
+from alphaadam_dist.training import leftovers, metrics, reasons
 from alphaadam_dist.training.rank import leave, sigterm_asks
 from alphaadam_dist.training.run_folder import PICTURE_NAME, open_optimizer_folder
 from alphaadam_dist.training.settings import (
@@ -34,7 +34,6 @@ from alphaadam_dist.training.settings import (
 from alphaadam_dist.training.start_ranks import SIGTERM_CODE, Stopped, free_port
 from alphaadam_dist.training.tie import end, tie
 from alphaadam_dist.verify.rendezvous import environment
-from alphaadam_dist.zero import leftovers
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments

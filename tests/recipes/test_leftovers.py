@@ -16,9 +16,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from alphaadam_dist.training import main_job
+from alphaadam_dist.training import leftovers, main_job
 from alphaadam_dist.training.start_ranks import LaunchError
-from alphaadam_dist.zero import leftovers
 from recipes.run import Epochs, Lr, Out, Recipe, Training, WeightDecay, command
 from tests.recipes.test_run_folder import SETTINGS
 
