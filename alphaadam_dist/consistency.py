@@ -3,8 +3,8 @@
 They must, or each rank gives its part of the model another alpha, and no error says so: a rank built with another
 option, one that loaded another checkpoint, a replica whose moments have drifted, a bit that flipped. Replicas should
 hold the same parameters too; where they do not there is a warning, for some are meant to drift. One all-reduce compares
-checksums: 16 bytes, and 16 for each part that several ranks hold (for all together where each rank holds everything).
-Only where some differ do the ranks tell each other what they hold.
+checksums: 16 bytes, and 16 for each set of ranks that hold the same shards. Only where some differ do the ranks tell
+each other what they hold.
 """
 
 from __future__ import annotations

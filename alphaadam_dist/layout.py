@@ -9,6 +9,7 @@ ranks which claim one part hold copies of it is proved in replicas.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections import Counter
@@ -48,12 +49,14 @@ class Segment:
 class HeldShard(Shard):
     """A shard of this rank's, and which optimizer parameter holds it.
 
-    ``replica_id`` is its number among the shards of the whole model that several ranks hold; -1 where no other does.
+    ``replica_id`` is its number among the shards of the whole model that several ranks hold, and ``holders`` the number
+    of the set of ranks that hold it; -1 where no other rank does.
     """
 
     param: Tensor
     owned: bool
     replica_id: int
+    holders: int
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Layout:
         device: where the statistics live.
         shards: this rank's.
         replicas: how many shards of the whole model several ranks hold.
+        holder_sets: how many different sets of ranks hold them.
         reference: all ranks take the reference kernels, because one of them cannot have the fast ones.
         drift_told: that replicas differ was said already.
         places: what the parameters were when this was built, for the builder to compare.
@@ -84,6 +88,7 @@ class Layout:
     device: torch.device
     shards: tuple[HeldShard, ...] = ()
     replicas: int = 0
+    holder_sets: int = 0
     reference: bool = False
     drift_told: bool = False
     places: object = None
@@ -135,8 +140,14 @@ def _exchange(table: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
         yield gathered.view(world, height, -1).cpu()
 
 
-def _first_holders(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of every distinct shard in a slice of the exchange: key, place, numel, its lowest rank, how many ranks hold it.
+@functools.cache
+def _hashes_of_ranks(world: int) -> Tensor:
+    """int64 (world,). Sums of them name sets of ranks."""
+    return torch.tensor([_hash(rank) for rank in range(world)], device="cpu")
+
+
+def _holders(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of every distinct shard in a slice of the exchange: key, place, numel, its lowest rank, how many ranks, which.
 
     int64 (shards,) each, ascending in place.
     """
@@ -148,7 +159,9 @@ def _first_holders(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     first[1:] = place[1:] != place[:-1]
     holders = order[first]
     counts = first.nonzero().squeeze(1).diff(append=torch.tensor([len(order)], device="cpu"))
-    return flat[holders, 0], place[first], flat[holders, 2], holders // gathered.shape[1], counts
+    of_rank = _hashes_of_ranks(gathered.shape[0])[order // gathered.shape[1]]
+    sets = torch.zeros_like(counts).index_add_(0, first.cumsum(0) - 1, of_rank)
+    return flat[holders, 0], place[first], flat[holders, 2], holders // gathered.shape[1], counts, sets
 
 
 @dataclass
@@ -160,12 +173,16 @@ class _Agreed:
         numels: elements of each key of the whole model, by the key's hash.
         replica_ids: of this rank's shards that others hold too, by the shard's hash.
         replicas: how many shards of the whole model several ranks hold.
+        holders: the set of ranks that holds each of this rank's shards that others hold too, by the shard's hash.
+        sets: all sets of ranks that hold shards together.
     """
 
     owned: set[int] = field(default_factory=set)
     numels: Counter[int] = field(default_factory=Counter)
     replica_ids: dict[int, int] = field(default_factory=dict)
     replicas: int = 0
+    holders: dict[int, int] = field(default_factory=dict)
+    sets: set[int] = field(default_factory=set)
 
 
 def _agree(hashed: Sequence[tuple[int, int, int]], group: dist.ProcessGroup | None, device: torch.device) -> _Agreed:
@@ -178,13 +195,16 @@ def _agree(hashed: Sequence[tuple[int, int, int]], group: dist.ProcessGroup | No
         return agreed
     rank, table = dist.get_rank(group), torch.tensor(hashed, dtype=torch.int64, device="cpu").reshape(-1, 3)
     for gathered in _exchange(table, group, device):
-        keys, shards, numels, owners, holders = _first_holders(gathered)
+        keys, shards, numels, owners, counts, sets = _holders(gathered)
         agreed.owned.update(shards[owners == rank].tolist())
         distinct, of_row = keys.unique(return_inverse=True)
         of_key = torch.zeros_like(distinct).index_add_(0, of_row, numels)
         agreed.numels.update(dict(zip(distinct.tolist(), of_key.tolist(), strict=True)))
-        replicas = shards[(holders > 1) & (numels > 0)]
+        several = (counts > 1) & (numels > 0)
+        replicas, sets = shards[several], sets[several]
         mine = torch.isin(replicas, table[:, 1]).nonzero().squeeze(1)
+        agreed.sets.update(sets.unique().tolist())
+        agreed.holders.update(zip(replicas[mine].tolist(), sets[mine].tolist(), strict=True))
         agreed.replica_ids.update(zip(replicas[mine].tolist(), (agreed.replicas + mine).tolist(), strict=True))
         agreed.replicas += len(replicas)
     return agreed
@@ -239,9 +259,10 @@ def build_layout(
     agreed = _agree(hashed, group, device)
     problem = _prove_coverage(flat, agreed.numels, 1 if group is None else dist.get_world_size(group))
     stop_together(problem, group, device, "does every element count once?")
+    number_of = {-1: -1, **{name: number for number, name in enumerate(sorted(agreed.sets))}}
     held_shards = tuple(
         HeldShard(s.key, s.place, s.start, s.numel, s.global_numel, param, hash in agreed.owned,
-                  agreed.replica_ids.get(hash, -1))
+                  agreed.replica_ids.get(hash, -1), number_of[agreed.holders.get(hash, -1)])
         for (param, s), (_, hash, _) in zip(pairs, hashed, strict=True)
     )  # fmt: skip
     row_of = {key: row for row, key in enumerate(sorted(agreed.numels))} if scope == "layer" else {}
@@ -257,7 +278,9 @@ def build_layout(
         )
     keys = {row_of[_hash(key)]: key for key in {*names, *(s.key for s in flat)} if _hash(key) in row_of}
     rows, numel = max(len(row_of), 1), agreed.numels.total()
-    return Layout(tuple(params), segments, keys, rows, numel, group, device, held_shards, agreed.replicas)
+    return Layout(
+        tuple(params), segments, keys, rows, numel, group, device, held_shards, agreed.replicas, len(agreed.sets)
+    )
 
 
 def _with_padding(spans: Sequence[tuple[int, int, int, bool]], numel: int) -> list[tuple[int, int, int, bool]]:

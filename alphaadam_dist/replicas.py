@@ -2,8 +2,8 @@
 
 Names and meshes say who holds copies of what, and they may say it wrongly: pipeline stages or experts whose modules
 have equal local names, islands that are models of their own, ranks that began from other seeds, FSDP1's replicas under
-HYBRID_SHARD that count as parts. So the ranks compare fingerprints, only of the shards that several ranks hold: 16
-bytes a shard in an all-reduce. Where all is well nothing else is sent.
+HYBRID_SHARD that count as parts. So the ranks compare fingerprints of the shards that several ranks hold: one number
+for all shards that the same ranks hold, 16 bytes in an all-reduce. Only where those differ is each shard compared.
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ def _with_unrelated_gradients(
     layout: Layout, group: dist.ProcessGroup, grads: Mapping[Tensor, Tensor | None]
 ) -> str | None:
     """What is wrong with the gradients of shards that several ranks hold. Collective, and the same on all ranks."""
-    shards, count = _copies(layout, group)
+    shards = _copies(layout, group)
     given = [_elements(shard, grads[shard.param]) for shard in shards]
     what = "handshake (do replicas get the same gradients?)"
-    difference = _compare(shards, given, count, group, layout.device, what)
+    difference = _compare(layout, shards, given, group, layout.device, what)
     if difference is None or not UNRELATED < difference.deviation < math.inf:
         return None
     return (
@@ -172,15 +172,9 @@ def _copies_taken_for_shards(
 
 
 def to_compare(layout: Layout, group: dist.ProcessGroup) -> tuple[dict[int, int], int]:
-    """What replicas must hold alike, as numbers by replica_id for ``ids_apart``, and how many ids there are.
-
-    Where the layout has no group every rank should hold everything, and one number stands for all.
-    """
-    shards, count = _copies(layout, group)
-    numbers = fingerprint.fingerprints([_values(shard) for shard in shards])
-    if layout.group is None:
-        return {0: fingerprint.joined(numbers)}, 1
-    return {shard.replica_id: number for shard, number in zip(shards, numbers, strict=True)}, count
+    """What replicas must hold alike, as numbers for ``ids_apart`` by ``holders``, and how many of those there are."""
+    shards = _copies(layout, group)
+    return _by_holders(shards, fingerprint.fingerprints([_values(shard) for shard in shards])), _sets(layout)
 
 
 def where_apart(layout: Layout, group: dist.ProcessGroup, device: torch.device, what: str) -> Difference | None:
@@ -188,16 +182,31 @@ def where_apart(layout: Layout, group: dist.ProcessGroup, device: torch.device, 
 
     Where the layout has no group all ranks must have parameters of the same names.
     """
-    shards, count = _copies(layout, group)
-    return _compare(shards, [_values(shard) for shard in shards], count, group, device, what)
+    shards = _copies(layout, group)
+    return _compare(layout, shards, [_values(shard) for shard in shards], group, device, what)
 
 
-def _copies(layout: Layout, group: dist.ProcessGroup) -> tuple[list[HeldShard], int]:
-    """This rank's shards that others hold too, each with its replica_id, and how many ids there are."""
+def _copies(layout: Layout, group: dist.ProcessGroup) -> list[HeldShard]:
+    """This rank's shards that others hold too, by replica_id. Without a group every rank should hold everything."""
     if layout.group is not None:
-        return [shard for shard in layout.shards if shard.replica_id >= 0], layout.replicas
+        return sorted((shard for shard in layout.shards if shard.replica_id >= 0), key=lambda shard: shard.replica_id)
     first, shards = dist.get_rank(group) == 0, sorted(layout.shards, key=lambda shard: shard.key)
-    return [replace(shard, replica_id=i, owned=first) for i, shard in enumerate(shards)], len(shards)
+    return [replace(shard, replica_id=i, holders=0, owned=first) for i, shard in enumerate(shards)]
+
+
+def _sets(layout: Layout) -> int:
+    return 1 if layout.group is None else layout.holder_sets
+
+
+def _by_holders(shards: Sequence[HeldShard], numbers: Sequence[int]) -> dict[int, int]:
+    """For each set of ranks one number for all that they hold together; of what is not in memory UNKNOWN."""
+    held = defaultdict(list)
+    for shard, number in zip(shards, numbers, strict=True):
+        held[shard.holders].append(number)
+    return {
+        holders: UNKNOWN if all(number == UNKNOWN for number in of_all) else fingerprint.joined(of_all)
+        for holders, of_all in held.items()
+    }
 
 
 def _values(shard: HeldShard) -> Tensor | None:
@@ -213,20 +222,22 @@ def _elements(shard: HeldShard, tensor: Tensor | None) -> Tensor | None:
 
 
 def _compare(
+    layout: Layout,
     shards: Sequence[HeldShard],
     tensors: Sequence[Tensor | None],
-    count: int,
     group: dist.ProcessGroup,
     device: torch.device,
     what: str,
 ) -> Difference | None:
     """Where ranks hold different bits of one shard: ``tensors`` is what this one holds of each. Collective.
 
-    ``count`` is the number of all ids, ``device`` that of what is sent, ``what`` the name where it fails.
+    ``device`` is that of what is sent, ``what`` the name where it fails.
     """
     fingerprints = fingerprint.fingerprints(tensors)
+    if not ids_apart(_by_holders(shards, fingerprints), _sets(layout), group, device, what):
+        return None
     numbers = {shard.replica_id: number for shard, number in zip(shards, fingerprints, strict=True)}
-    apart = ids_apart(numbers, count, group, device, what)
+    apart = ids_apart(numbers, layout.replicas if layout.group is not None else len(shards), group, device, what)
     if not apart:
         return None
     mine = {shard.replica_id: (shard, tensor) for shard, tensor in zip(shards, tensors, strict=True)}
@@ -270,7 +281,7 @@ def _deviations(
 def ids_apart(
     numbers: Mapping[int, int], count: int, group: dist.ProcessGroup, device: torch.device, what: str
 ) -> list[int]:
-    """The replica_ids, of ``count``, for which two ranks have different numbers, ascending. Collective.
+    """The ids, of ``count``, for which two ranks have different numbers, ascending. Collective.
 
     A rank may have no number for an id, or UNKNOWN.
     """

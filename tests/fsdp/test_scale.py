@@ -11,8 +11,8 @@ BAR_BYTES = 32 * 10**6
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("replicas", "shards", "scope"), [(1, 4096, "global"), (1, 4096, "layer"), (512, 8, "layer")],
-    ids=["fsdp 4096", "fsdp 4096 layer", "hsdp 512 x 8 layer"],
+    ("replicas", "shards", "scope"), [(1, 4096, "global"), (1, 4096, "layer"), (512, 8, "layer"), (2, 2048, "global")],
+    ids=["fsdp 4096", "fsdp 4096 layer", "hsdp 512 x 8 layer", "hsdp 2 x 2048"],
 )  # fmt: skip
 def test_ownership(one_thread: None, replicas: int, shards: int, scope: str) -> None:
     result = ownership_scale.simulate(replicas, shards, ranks=(5, 4095), scope=scope)
@@ -20,6 +20,6 @@ def test_ownership(one_thread: None, replicas: int, shards: int, scope: str) -> 
         assert at.handshake_bytes < BAR_BYTES
         assert at.peak_bytes < BAR_BYTES
         assert at.seconds < 10  # a third of a second on an idle machine
-        assert at.buffer_bytes == (32 if scope == "global" else 16 * ownership_scale.PARAMETERS)
+        assert at.buffer_bytes == (16 if scope == "global" else 16 * ownership_scale.PARAMETERS)
         assert at.elements == result.elements
         assert at.owns == (replicas == 1 or at.rank < shards)
