@@ -125,8 +125,14 @@ inline T lerp(T a, T b, T weight) {
   return std::fma(small ? weight : weight - 1, b - a, small ? a : b);
 }
 
-// The directions: one parameter's numbers, and an update of one coordinate whose direction is multiplied by f. `decay`
-// and `size` are rule.decay_of and rule.size_of.
+// The directions: one parameter's numbers, and an update of one coordinate whose direction is multiplied by f.
+//
+//   decay     rule.decay_of: what the parameter is multiplied by
+//   size      rule.size_of, for Adam rule.sizes_of: the length of the step, negative
+//   keep      1 - beta of the momentum: the gradient's weight in it
+//   ahead     of Lion, 1 - beta1: the gradient's weight in the direction
+//   gain      of Adam, 1 - beta2: the squared gradient's weight in the second moment
+//   root      of Adam, the root of 1 - beta2^t, which corrects the second moment's
 
 template <typename T>
 struct Adam {
@@ -218,7 +224,8 @@ double squares(const T* g, int64_t n) {
 // What decides and what multiplies a direction; a copy, so that the compiler sees that no store changes it.
 template <typename T>
 struct Mask {
-  T scale, threshold, agree, conflict;
+  T scale, threshold;  // what makes a gradient the true one; rule.classify's
+  T agree, conflict;   // f where momentum and gradient agree, and where they conflict
 };
 
 template <bool kThreshold, typename T, typename Direction>
@@ -278,7 +285,7 @@ Tensor sum_by_tensor(const std::vector<Chunk>& chunks, const std::vector<Counts>
   return counts;
 }
 
-// Counts (n, 2) and squared norms of the scaled gradients (n), or an empty tensor.
+// Counts, int64 (n, 2): agree and conflict; squared norms of the gradients as they are, float64 (n), or none.
 std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms) {
   if (!serves({grads, moments})) return {not_served(), at::zeros({0}, at::kDouble)};
   const auto chunks = chunks_of(grads);

@@ -71,10 +71,26 @@ def _pointer(table, row, tensors, tensor, TYPE: tl.constexpr, ALIGNED: tl.conste
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
+# What the kernels read and write. Float64 where nothing is said; `tensors` is the length of a list.
+#
+#   work       int64 (programs, 2)     which tensor a program takes, and from which element on
+#   table      int64 (lists, tensors)  addresses: row 0 the gradients, then for count the momenta, for update the
+#                                      parameters and each moment
+#   numels     int64 (tensors,)        elements of each tensor
+#   scale      ()                      makes gradients true ones; read with SCALE
+#   threshold  ()                      read with THRESHOLD
+#   strengths  (tensors, 2)            f where a tensor agrees and where it conflicts, from Statistics.strengths
+#   numbers    (tensors, COLUMNS)      decay, size; then for Adam the root of 1 - beta2^t, 1 - beta1, beta2, 1 - beta2,
+#                                      eps; for Lion 1 - beta1, 1 - beta2; for SGD momentum. `decay` and `size` are
+#                                      rule.decay_of and rule.size_of
+#   counts     int64 (tensors, 2)      agree and conflict, added to; Statistics.add reads them
+#   squares    (programs,)             the squared norm of what a program read; count adds them up by tensor
+
+
 @triton.jit
 def _count(
     work, table, numels, tensors, scale, threshold,  # read
-    counts, squares,  # written: int64 (tensors, 2), added to; float64, one for each program
+    counts, squares,  # written
     G: tl.constexpr, T: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, NORMS: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +124,7 @@ def _count(
 @triton.jit
 def _update(
     work, table, numels, tensors, scale, threshold, strengths, strengths_stride, numbers,  # read
-    counts,  # written, as the tensors in the table but the gradients: int64 (tensors, 2), added to
+    counts,  # written, as the tensors in the table but the gradients
     DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
     SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -302,11 +318,11 @@ class _Launch:
     """What a launch needs to know of its tensors."""
 
     programs: int
-    aligned: bool  # every tensor begins where vectors like it
-    work: Tensor  # int64 (programs, 2): tensor, first element
-    table: Tensor  # int64 (lists, tensors): addresses
-    numels: Tensor  # int64 (tensors,)
-    programs_of: Tensor  # int64 (tensors,)
+    aligned: bool  # every tensor begins at a multiple of 16 bytes
+    work: Tensor
+    table: Tensor
+    numels: Tensor
+    programs_of: Tensor  # int64 (tensors,): how many programs take each tensor
 
 
 _launches: dict[tuple[int, ...], _Launch] = {}
