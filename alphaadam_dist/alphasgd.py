@@ -57,9 +57,9 @@ class AlphaSGD(AlphaOptimizer):
         options.check_number("momentum", group["momentum"], rule_of_momentum, math.ulp(0.0), 1, below=True)
         options.check_flag("nesterov", group["nesterov"])
 
-    def check_saved(self, state_dict: Mapping[str, Any]) -> None:
+    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError where a saved state does not fit; warn where its weight decay means something else."""
-        super().check_saved(state_dict)
+        super()._check_saved(state_dict)
         for group in state_dict["param_groups"]:
             if group.get("weight_decay") and "alphaadam_state" not in group:
                 warnings.warn(

@@ -43,7 +43,7 @@ class AlphaOptimizer(Persistent):
         ValueError: an option out of range, options that contradict each other, a parameter of a kind not served.
     """
 
-    when_made: ClassVar[list[Callable[[], object]]] = []
+    _when_made: ClassVar[list[Callable[[], object]]] = []
     """What backends do whenever an optimizer is made."""
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], **family: Unpack[options.Options]) -> None:
@@ -61,7 +61,7 @@ class AlphaOptimizer(Persistent):
         self._run = Run(weakref.ref(self), chosen)
         super().__init__(params, defaults)
         parameters.check_ranks(self)
-        for act in self.when_made:
+        for act in self._when_made:
             act()
 
     def __init_subclass__(cls) -> None:

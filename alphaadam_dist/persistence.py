@@ -120,7 +120,7 @@ class Persistent(Optimizer):
         finally:
             check.remove()
 
-    def check_saved(self, state_dict: Mapping[str, Any]) -> None:
+    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError where a saved state is not one of this optimizer's with equally many parameter groups."""
         kind = type(self).__name__
         here = len(self.param_groups)
@@ -129,7 +129,7 @@ class Persistent(Optimizer):
         saved_state.check_groups(kind, state_dict, here, self.defaults, self.hyperparameters, self._check_group)
 
     def _check_saved_parameters(self, state_dict: Mapping[str, Any]) -> None:
-        self.check_saved(state_dict)
+        self._check_saved(state_dict)
         saved_state.check_states(
             self.param_groups,
             state_dict,

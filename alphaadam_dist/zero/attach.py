@@ -120,7 +120,7 @@ def _watch_loading(
             saved += internals.optimizer_states(args[0] if args else kwargs["state_dict_list"])
         if files is None or folder:
             for state_dict in saved:
-                optimizer.check_saved(state_dict)
+                optimizer._check_saved(state_dict)
                 check_missed(state_dict)
         else:
             files.check(saved, alone=kwargs.get("load_serial") is not None)

@@ -67,7 +67,7 @@ class RankFiles:
     def _problem(self, saved: Sequence[dict[str, Any]]) -> str | None:
         try:
             for state in saved:
-                self._optimizer.check_saved(state)
+                self._optimizer._check_saved(state)
                 check_missed(state)
         except ValueError as error:
             return str(error)

@@ -36,8 +36,8 @@ def register(*kinds: type[AlphaOptimizer]) -> None:
             setattr(torch.optim, kind.__name__, kind)
             _registered.append(kind)
     wrap_engine()
-    if wrap_engine not in AlphaOptimizer.when_made:
-        AlphaOptimizer.when_made.append(wrap_engine)
+    if wrap_engine not in AlphaOptimizer._when_made:
+        AlphaOptimizer._when_made.append(wrap_engine)
 
 
 def wrap_engine() -> None:
