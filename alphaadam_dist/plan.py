@@ -48,7 +48,7 @@ BUILT_IN: dict[str, tuple[str, dict[str, int]]] = {
 MOST_GPUS, MOST_MEMORY = 10**6, 10**6
 """More than anybody has."""
 
-GLOBAL_BYTES, LAYER_BYTES = 32, 16
+GLOBAL_BYTES, LAYER_BYTES = 16, 16
 """What AlphaAdam all-reduces a step: in all with scope="global", for each parameter tensor with scope="layer"."""
 
 DEEPSPEED_ORDER = ("ZeRO-2", "ZeRO-3", "ZeRO-2, CPU offload", "ZeRO-3, CPU offload", "ZeRO-3, NVMe offload")
