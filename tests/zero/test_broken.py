@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from alphaadam_dist import AlphaAdam, layout, rule, statistics
+from alphaadam_dist import layout, rule, statistics
 from alphaadam_dist.shards import Shard
+from alphaadam_dist.step import Step
 from alphaadam_dist.zero import internals
 from tests.ranks import Ranks
 from tests.zero import engine
@@ -45,12 +46,12 @@ def boundary_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
 def counted_too_late(patch: pytest.MonkeyPatch) -> None:
     """Every partition counts for itself when it is stepped, after earlier ones have been."""
-    count = AlphaAdam.count
+    count = Step.count
 
-    def only_the_first(self: AlphaAdam, gradients: Any, scale: Any = None) -> None:
+    def only_the_first(self: Step, gradients: Any, scale: Any = None) -> None:
         count(self, list(gradients)[:1], scale)
 
-    patch.setattr(AlphaAdam, "count", only_the_first)
+    patch.setattr(Step, "count", only_the_first)
 
 
 def raw_gradients_meet_the_threshold(patch: pytest.MonkeyPatch) -> None:
