@@ -65,12 +65,12 @@ def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
             f"{path} has the optimizer {named.get('type')}: name AlphaAdam or AdamW there, or leave the optimizer out"
         )
     params = named.get("params", {})
-    if optimizer != "AlphaAdam" and "no_decay" in params:
-        raise ValueError(
-            f"{path} has no_decay={params['no_decay']!r}, which only AlphaAdam knows, and AdamW would decay these too: "
-            "leave the optimizer out of the config to compare the two, and both get the Trainer's groups"
-        )
     if optimizer != "AlphaAdam":
+        if "no_decay" in params:
+            raise ValueError(
+                f"{path} has no_decay={params['no_decay']!r}, which only AlphaAdam knows, and AdamW would decay these "
+                "too: leave the optimizer out of the config to compare the two, and both get the Trainer's groups"
+            )
         # torch_adam keeps AdamW the one of torch: DeepSpeed would put its own implementation in its place.
         params = {name: value for name, value in params.items() if name in _ADAMWS} | {"torch_adam": True}
     return {**config, "optimizer": {"type": optimizer, "params": params}}
