@@ -1,7 +1,5 @@
 """AlphaAdam: the family's AdamW."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 

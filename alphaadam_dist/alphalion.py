@@ -1,7 +1,5 @@
 """AlphaLion: the family's Lion."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Unpack
 

@@ -1,7 +1,5 @@
 """AlphaSGD: the family's SGD with momentum."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping

@@ -4,26 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from alphaadam_dist.training import reasons
+from alphaadam_dist.training import reasons, settings
 from alphaadam_dist.training.run_folder import open_run
-from alphaadam_dist.training.settings import (
-    DEFAULT_BATCH,
-    DEFAULT_STEPS,
-    FINE_TUNING_BLOCK,
-    FINE_TUNING_LR,
-    OPTIMIZERS,
-    TINY,
-    TINY_BLOCK,
-    TINY_LR,
-    Settings,
-    default_block,
-    default_lr,
-)
 from alphaadam_dist.training.start_ranks import SIGTERM_CODE, LaunchError, Stopped
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -31,7 +18,15 @@ app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=
 _CPU_RANKS, _CPU_RANKS_A_CORE = 2, 4
 _MOST = 10**6
 _ZERO = 2
-_WHAT, _HOW = "What to train", "How to run it"
+
+
+def _what(text: str, *names: str) -> Any:
+    """An option of `train`."""
+    return typer.Option(*names, help=text, rich_help_panel="What to train")
+
+
+def _how(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="How to run it")
 
 
 @app.callback()
@@ -43,84 +38,45 @@ def main() -> None:
 def train(
     model: Annotated[
         str,
-        typer.Option(
-            help="A Hugging Face id, a local folder, or [bold]tiny-llama[/bold], a Llama of 1M parameters trained "
-            "from scratch.",
-            rich_help_panel=_WHAT,
+        _what(
+            "A Hugging Face id, a local folder, or [bold]tiny-llama[/bold], a Llama of 1M parameters trained from "
+            "scratch."
         ),
-    ] = TINY,
+    ] = settings.TINY,
     data: Annotated[
         str,
-        typer.Option(
-            help="A Hugging Face id (or id:config), a local file or folder of text, or [bold]stdlib[/bold], the "
-            "source of Python's standard library.",
-            rich_help_panel=_WHAT,
+        _what(
+            "A Hugging Face id (or id:config), a local file or folder of text, or [bold]stdlib[/bold], the source of "
+            "Python's standard library."
         ),
     ] = "stdlib",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_WHAT)] = DEFAULT_STEPS,
+    steps: Annotated[int, _what("Optimizer steps.")] = settings.DEFAULT_STEPS,
     lr: Annotated[
         float | None,
-        typer.Option(
-            help=f"Peak learning rate, for both optimizers. Default: {TINY_LR:g} for tiny-llama, "
-            f"{FINE_TUNING_LR:g} otherwise.",
-            rich_help_panel=_WHAT,
-            show_default=False,
+        _what(
+            f"Peak learning rate, for both optimizers. Default: {settings.TINY_LR:g} for tiny-llama, "
+            f"{settings.FINE_TUNING_LR:g} otherwise."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Blocks of text a rank and step.", rich_help_panel=_WHAT)] = DEFAULT_BATCH,
+    batch: Annotated[int, _what("Blocks of text a rank and step.")] = settings.DEFAULT_BATCH,
     block: Annotated[
         int | None,
-        typer.Option(
-            help=f"Tokens in a block. Default: {TINY_BLOCK} for tiny-llama, {FINE_TUNING_BLOCK} otherwise.",
-            rich_help_panel=_WHAT,
-            show_default=False,
+        _what(
+            f"Tokens in a block. Default: {settings.TINY_BLOCK} for tiny-llama, {settings.FINE_TUNING_BLOCK} otherwise."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the data order.", rich_help_panel=_WHAT)] = 0,
+    seed: Annotated[int, _what("Seed of the weights and the data order.")] = 0,
     compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare/--no-compare",
-            help="Train AdamW beside AlphaAdam: same data, seed, steps and learning rate.",
-            rich_help_panel=_WHAT,
-        ),
+        bool, _what("Train AdamW beside AlphaAdam: same data, seed, steps and learning rate.", "--compare/--no-compare")
     ] = True,
-    zero: Annotated[
-        int | None,
-        typer.Option(help="DeepSpeed ZeRO stage: 0, 1, 2 or 3. Default: 2.", rich_help_panel=_HOW, show_default=False),
-    ] = None,
-    fsdp: Annotated[
-        bool,
-        typer.Option("--fsdp", help="Shard with PyTorch's FSDP2, under torchrun, not with ZeRO.", rich_help_panel=_HOW),
-    ] = False,
-    offload: Annotated[
-        bool,
-        typer.Option("--offload", help="Keep the optimizer's state in CPU memory.", rich_help_panel=_HOW),
-    ] = False,
+    zero: Annotated[int | None, _how("DeepSpeed ZeRO stage: 0, 1, 2 or 3. Default: 2.")] = None,
+    fsdp: Annotated[bool, _how("Shard with PyTorch's FSDP2, under torchrun, not with ZeRO.", "--fsdp")] = False,
+    offload: Annotated[bool, _how("Keep the optimizer's state in CPU memory.", "--offload")] = False,
     gpus: Annotated[
-        int | None,
-        typer.Option(
-            help="Ranks. Default: every GPU; two processes on the CPU where there is none.",
-            rich_help_panel=_HOW,
-            show_default=False,
-        ),
+        int | None, _how("Ranks. Default: every GPU; two processes on the CPU where there is none.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for the results. Default: runs/train-1, runs/train-2, ...",
-            rich_help_panel=_HOW,
-            show_default=False,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on from the last checkpoint in --out, or of the newest run.",
-            rich_help_panel=_HOW,
-        ),
-    ] = False,
+    out: Annotated[Path | None, _how("Folder for the results. Default: runs/train-1, runs/train-2, ...")] = None,
+    resume: Annotated[bool, _how("Go on from the last checkpoint in --out, or of the newest run.", "--resume")] = False,
 ) -> None:
     """Train a language model with AlphaAdam under DeepSpeed or FSDP, and AdamW beside it.
 
@@ -140,27 +96,20 @@ def train(
     """
     console = Console()
     with _in_one_line("training needs pip install 'alphaadam-dist[deepspeed,hf]'"):
-        settings = Settings(
-            model=model,
-            data=data,
+        chosen = settings.Settings(
+            model=model, data=data, steps=steps, batch=batch, seed=seed, fsdp=fsdp, offload=offload, gpus=_ranks(gpus),
             zero=_ZERO if zero is None and not fsdp else zero,
-            fsdp=fsdp,
-            offload=offload,
-            steps=steps,
-            gpus=_ranks(gpus),
-            lr=default_lr(model) if lr is None else lr,
-            batch=batch,
-            block=default_block(model) if block is None else block,
-            seed=seed,
-        )
+            lr=settings.default_lr(model) if lr is None else lr,
+            block=settings.default_block(model) if block is None else block,
+        )  # fmt: skip
         try:
-            with open_run(out, resume, settings) as run:
+            with open_run(out, resume, chosen) as run:
                 if resume and not any(run.glob("*/checkpoint-*")):
                     console.print(f"No checkpoint in {run} yet: starting from the first step.", highlight=False)
                 # Imported once the settings are known to be good: transformers takes seconds.
                 from alphaadam_dist.training.main_job import run_main_job
 
-                run_main_job(console, run, settings, list(OPTIMIZERS) if compare else ["alphaadam"])
+                run_main_job(console, run, chosen, list(settings.OPTIMIZERS) if compare else ["alphaadam"])
         except KeyboardInterrupt:
             console.print("\nInterrupted. The same command with --resume goes on from the last checkpoint.")
             raise typer.Exit(130) from None
@@ -199,13 +148,9 @@ def verify() -> None:
 
 @app.command()
 def bench(
-    size: Annotated[
-        list[int] | None, typer.Option(help="Elements of the flat tensor, in Mi; may be repeated.", show_default=False)
-    ] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Elements of the flat tensor, in Mi; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Turns that each contestant takes.")] = 15,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.", show_default=False)
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("benchmarks/results"),
 ) -> None:
     """Measure what a step costs, beside AdamW and its peers, in one run on the same tensors.

@@ -7,8 +7,6 @@ checksums: 16 bytes, and 16 for each set of ranks that hold the same shards. Onl
 each other what they hold.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any

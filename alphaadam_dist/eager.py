@@ -1,7 +1,5 @@
 """Functions that torch.compile leaves alone: a step that counts, communicates and then decides is no graph."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar

@@ -1,7 +1,5 @@
 """Files that people, other programs and full disks have their hands on: every error names the file and what to do."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

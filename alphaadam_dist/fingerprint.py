@@ -5,8 +5,6 @@ read, on the device, exact, so a CPU and a GPU find the same number. Rows of wor
 the same way, so that little memory is needed beside the tensor.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections import defaultdict

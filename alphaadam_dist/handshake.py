@@ -1,7 +1,5 @@
 """What the ranks of a model tell each other when a layout is built, beside the table of shards in layout.py."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

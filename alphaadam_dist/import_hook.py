@@ -1,7 +1,5 @@
 """Acts on a module as soon as somebody imports it, without importing it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder

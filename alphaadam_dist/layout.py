@@ -7,8 +7,6 @@ layout, a few MiB at a time; each proves that the owned elements of its paramete
 ranks which claim one part hold copies of it is proved in replicas.py.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

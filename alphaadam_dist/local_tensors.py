@@ -4,8 +4,6 @@ DTensors are unwrapped here, once a step: an operation on a DTensor costs ten ti
 of one device: where a model lies on several, there are lists for each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

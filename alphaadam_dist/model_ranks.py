@@ -1,7 +1,5 @@
 """Which ranks are the model? Decided from what a rank knows by itself, so that none waits for one that has no part."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ one after the other, or one for the parameters that a rank owns. Each would get 
 look wrong. With scope="layer" and neither of the other two a parameter's update is the same in all these ways.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 import weakref

@@ -4,8 +4,6 @@ A step is four acts, which step.py plays. Under DeepSpeed's ZeRO the wrapper cal
 ``zero/`` drives the acts itself.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 import weakref

@@ -1,7 +1,5 @@
 """The options of the optimizer: what each may be, and errors that name the field, the value and the fix."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers

@@ -1,7 +1,5 @@
 """The parameters of an optimizer that no backend drives: their names, what they hold, and the layout that they make."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ ZeRO-2 and ZeRO-3 are counted as DeepSpeed's own `estimate_zero2_model_states_me
 bf16 value a parameter at stage 3, and in CPU memory under offload.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ the ranks first met, and names those who have not signed. Nothing here runs befo
 process itself; its own log then has the collective.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator, Sequence

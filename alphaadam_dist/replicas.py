@@ -6,8 +6,6 @@ HYBRID_SHARD that count as parts. So the ranks compare fingerprints of the shard
 for all shards that the same ranks hold, 16 bytes in an all-reduce. Only where those differ is each shard compared.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import defaultdict

@@ -32,8 +32,6 @@ integers, the same in any order and under any sharding. f multiplies and never s
 go in torch's. docs/algorithm.md says what is known about all this and what is not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ A checkpoint may be another optimizer's, another model's, cut short or changed b
 given. The errors name the field, its value and what to do.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence

@@ -15,8 +15,6 @@ The numbers, all float64 on the layout's device:
     _squared_norm ()           of the open step, once it is known. Read by clip_coefficient.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -6,8 +6,6 @@ those of the whole model, and alpha follows. **Update**: write the parameters an
 goes, and its alpha comes from the counts of the step before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any

@@ -4,8 +4,6 @@ A subclass of torch.Tensor that computes by itself (``__torch_dispatch__``) keep
 of them holds every element, as in the subclasses that only change how a weight is multiplied, that one is updated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -16,6 +16,13 @@ if not torch.cuda.is_available():
 from .ranks import Ranks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What pytest-xdist must not tear apart: all tests over pools of ranks, which are started once; else each file."""
+    for item in items:
+        pooled = any(name in ("ranks1", "ranks2", "ranks3", "ranks4") for name in getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("ranks" if pooled else item.path.stem))
+
+
 def _pool(world: int) -> Iterator[Ranks]:
     ranks = Ranks(world)
     yield ranks

@@ -4,8 +4,6 @@
 ``triton.py`` do the same in one pass over memory. All have the same two functions; :func:`choose` says whose to call.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import warnings

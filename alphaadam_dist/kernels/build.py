@@ -5,8 +5,6 @@ one of its own. It is built in a folder beside it and moved into place whole; a 
 leaves no lock behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

@@ -6,8 +6,6 @@ says so in the store through which the ranks first met, when its optimizer is bu
 waiting, when they build their layout: under DistributedDataParallel that comes after a backward in which all took part.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterable, Sequence

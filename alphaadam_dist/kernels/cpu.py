@@ -6,8 +6,6 @@ own sqrt is not the correctly rounded one (MKL's, on AMD processors, is off in t
 there they are within four units in the last place of what is added.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ A list holds one tensor per shard, all on one device. A gradient of another dtyp
 converted to that first. Nothing here knows of ranks or reads a device value on the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ State is fp32 or fp64, gradients those or bf16 or fp16. Other lists, and directi
 the reference kernels.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

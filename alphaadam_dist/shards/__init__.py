@@ -15,8 +15,6 @@ Two ranks hold the same elements of a model parameter exactly when ``key`` and `
 That is all that layout.py needs to count every element once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """DTensors: FSDP2, HSDP and tensor parallel. The mesh and the placements say which part a rank holds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch.distributed.tensor import DTensor, Placement

@@ -6,8 +6,6 @@ parameters it holds. With ``use_orig_params=True`` it gets a plain 1-D tensor fo
 of it, and only a mark says that it is not the whole: neither its full size nor the process group can be read from it.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from typing import Any

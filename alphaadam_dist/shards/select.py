@@ -1,7 +1,5 @@
 """Which kind of sharding a parameter is under, and so which file of this folder describes it."""
 
-from __future__ import annotations
-
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor

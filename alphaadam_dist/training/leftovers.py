@@ -8,8 +8,6 @@ Both are removed only where they are this user's and no process can have them op
 nothing is done. Imports neither DeepSpeed nor torch's compiler.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

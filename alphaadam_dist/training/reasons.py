@@ -1,7 +1,5 @@
 """Why a run failed, in one line: what a rank tells the process that started it, and what people read last."""
 
-from __future__ import annotations
-
 import json
 import sys
 import traceback

@@ -4,8 +4,6 @@ A rank whose launcher was killed must not train on unseen. Each rank watches the
 program that the user started.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """``alphaadam verify``: every sharding this world allows against one process, on the user's own machines."""
 
-from __future__ import annotations
-
 
 def verify() -> int:
     """Compare, and print the table on rank 0. Returns the exit code: 1 where a sharding's step is another. Collective.

@@ -1,7 +1,5 @@
 """Counts the collectives of a call on the wire's side of torch, so that nobody has to be believed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A small Llama in plain torch, and tokens for it to learn: what ``alphaadam verify`` trains under every sharding."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Meets the other ranks, whatever launcher started them."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import subprocess

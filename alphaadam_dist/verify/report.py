@@ -1,7 +1,5 @@
 """The table that ``alphaadam verify`` prints on rank 0."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What is tried of the optimizers' options."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How the Llama is put under each sharding of PyTorch, as a user would do it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

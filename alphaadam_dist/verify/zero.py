@@ -1,7 +1,5 @@
 """The Llama under DeepSpeed's ZeRO."""
 
-from __future__ import annotations
-
 import functools
 import gc
 from collections.abc import Iterator, Sequence

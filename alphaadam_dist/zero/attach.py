@@ -1,7 +1,5 @@
 """Makes an engine's steps count the whole model, once DeepSpeed has wrapped the optimizer."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -6,8 +6,6 @@ each of those calls, after overflow and norm are known. At its first call in a s
 are still there as backward left them, which is where an exact step counts.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import warnings

@@ -5,8 +5,6 @@ DeepSpeed puts all parameters of a JSON-named optimizer into one group, so weigh
 words, in any case, into a group without decay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

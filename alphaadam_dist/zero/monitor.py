@@ -1,6 +1,4 @@
-"""alpha and its company in DeepSpeed's monitor (TensorBoard, CSV, wandb), at the steps that DeepSpeed prints."""
-
-from __future__ import annotations
+"""alpha, agreement and the other metrics in DeepSpeed's monitor (TensorBoard, CSV, wandb), when DeepSpeed prints."""
 
 from typing import Any
 

@@ -6,8 +6,6 @@ another run, load without a word. So each file says which part of the model it i
 are taken as they are.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What is not served under DeepSpeed: each is refused by deepspeed.initialize, with the way out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any

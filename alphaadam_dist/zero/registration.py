@@ -7,8 +7,6 @@ optimizer, and one attaches to that wrapper once it stands. Whatever DeepSpeed i
 this; what it lacks is an error where an optimizer meets an engine.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from types import ModuleType

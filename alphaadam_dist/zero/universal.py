@@ -5,8 +5,6 @@ zero/optimizer_state.pt                          parameter groups, loss scale; a
 *_model_states.pt                                buffers, frozen parameters, which parameters are in which group
 """
 
-from __future__ import annotations
-
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence

@@ -9,8 +9,6 @@ A flat has one count of its updates, which goes on in every step. A parameter's 
 those stand in the parameter groups under ``MISSED``, and so in checkpoints.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from bisect import bisect_left

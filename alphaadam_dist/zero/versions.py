@@ -1,7 +1,5 @@
 """Which DeepSpeed is served, and what to say of another: known without importing it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 
