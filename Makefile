@@ -70,16 +70,21 @@ bench: setup
 science: setup
 	$(BIN)/python -m benchmarks.convergence $(ARGS)
 
+# One process takes the tests over pools of ranks, the other the rest. In order of their folders: the longest come first.
+SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not nvme and not torchtitan" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not nightly and not nvme and not torchtitan" $(ARGS)
 
-# A thousand random programs, new every time; a failure prints the line that repeats it.
+# What `make test` leaves to a neighbour, then a thousand random programs, new every time; a failure prints the line
+# that repeats it.
 SEED ?= $(shell date +%s)
 PROGRAMS ?= 1000
 test-nightly: setup
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m nightly $(ARGS)
 	SEED=$(SEED) PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest tests/faults/test_programs.py $(ARGS)
 
 # Laid over the environment, so that the rest stays as it is.

@@ -58,7 +58,11 @@ def report(console: Console, run: Path, settings: Settings, optimizers: list[str
     console.rule(f"what the model trained with {OPTIMIZERS[optimizers[0]]} writes")
     print_samples(console, run / optimizers[0] / f"checkpoint-{settings.steps}")
     console.rule("files")
-    console.print(f"picture      {picture}", highlight=False)
-    console.print(f"logs         {run}/*/{metrics.FILE_NAME}   {run}/*/{LOG_NAME}", highlight=False)
-    console.print(f"TensorBoard  tensorboard --logdir {run}", highlight=False)
-    console.print(f"checkpoints  {run}/*/checkpoint-{settings.steps}", highlight=False)
+    # A path that is broken over lines can't be copied.
+    for name, where in (
+        ("picture", f"{picture}"),
+        ("logs", f"{run}/*/{metrics.FILE_NAME}   {run}/*/{LOG_NAME}"),
+        ("TensorBoard", f"tensorboard --logdir {run}"),
+        ("checkpoints", f"{run}/*/checkpoint-{settings.steps}"),
+    ):
+        console.print(f"{name:12} {where}", highlight=False, markup=False, soft_wrap=True)

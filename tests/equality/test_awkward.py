@@ -12,6 +12,7 @@ from alphaadam_dist import AlphaAdam
 from tests.models import Given, given_gradients
 
 from .. import threads
+from ..marks import slow_but
 from . import given, pieces
 
 DTENSORS = ("plain", "fsdp2", "hsdp", "tp", "tp2-fsdp2", "hsdp-tp", "pipeline", "by-hand")
@@ -57,8 +58,9 @@ def sometimes_unused(regime: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("regime", DTENSORS[1:])  # FSDP1 gives an unused parameter zeros, which decay its moments
+@pytest.mark.parametrize("regime", slow_but(DTENSORS[1:], "fsdp2"))
 def test_parameters_unused_in_some_steps(regime: str, options: dict[str, Any]) -> None:
+    """Not under FSDP1, which gives an unused parameter zeros, which decay its moments."""
     assert_equal(*of_ranks(regime, sometimes_unused, options))
 
 
@@ -77,7 +79,7 @@ def none_where_empty(regime: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("regime", ["fsdp2", "tp2-fsdp2", "by-hand"])
+@pytest.mark.parametrize("regime", slow_but(["fsdp2", "tp2-fsdp2", "by-hand"], "fsdp2"))
 def test_gradient_none_on_some_ranks(regime: str, options: dict[str, Any]) -> None:
     assert_equal(*of_ranks(regime, none_where_empty, options))
 
@@ -99,7 +101,7 @@ def group_added(regime: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("regime", ["fsdp2", "hsdp", "tp2-fsdp2", "by-hand"])
+@pytest.mark.parametrize("regime", slow_but(["fsdp2", "hsdp", "tp2-fsdp2", "by-hand"], "fsdp2"))
 def test_a_group_added_in_mid_run(regime: str, options: dict[str, Any]) -> None:
     assert_equal(*of_ranks(regime, group_added, options))
 
@@ -128,7 +130,7 @@ def clipped(regime: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.1}, {"scope": "layer"}], ids=["exact", "threshold", "layer"])
-@pytest.mark.parametrize("regime", [*DTENSORS[1:], *BACKWARD, "ddp", "fsdp1-flat-hybrid"])
+@pytest.mark.parametrize("regime", slow_but([*DTENSORS[1:], *BACKWARD, "ddp", "fsdp1-flat-hybrid"], "ddp"))
 def test_clip_norm_is_one_processs_on_any_mixture(regime: str, options: dict[str, Any]) -> None:
     """Norms are summed in another order, so the last bit of a parameter may differ."""
     ranks, alone = of_ranks(regime, clipped, options)
@@ -154,7 +156,7 @@ def clipped_by_torch(regime: str, ours: bool) -> tuple[dict[str, Tensor], float]
     return pieces.of_model(model, given.SHAPES), optimizer.metrics()["alpha"]
 
 
-@pytest.mark.parametrize("regime", ["plain", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("regime", slow_but(["plain", "fsdp2", "hsdp"], "fsdp2"))
 def test_clip_norm_is_torchs_where_that_works(regime: str) -> None:
     world = given.REGIMES[regime][0]
     ours, theirs = (threads.run(world, clipped_by_torch, regime, own) for own in (True, False))

@@ -13,8 +13,10 @@ from alphaadam_dist.optimizer import AlphaOptimizer
 
 from .. import threads
 from ..family import AlphaSignum
+from ..marks import slow_but
 from . import given, pieces
 
+FAST = ("plain", "ddp", "fsdp2", "tp", "fsdp1-flat", "by-hand")
 FAMILY: dict[str, type[AlphaOptimizer]] = {"lion": AlphaLion, "sgd": AlphaSGD, "signum": AlphaSignum}
 
 
@@ -41,7 +43,7 @@ def assert_equal(ranks: list[dict[str, Any]], setting: str, kind: type[AlphaOpti
 
 
 @pytest.mark.parametrize("setting", given.SETTINGS)
-@pytest.mark.parametrize("regime", given.REGIMES)
+@pytest.mark.parametrize("regime", slow_but(given.REGIMES, *FAST))
 def test_given_gradients(regime: str, setting: str) -> None:
     ranks = threads.run(given.REGIMES[regime][0], given.run, regime, given.SETTINGS[setting])
     assert_equal(ranks, setting)
@@ -51,7 +53,7 @@ def test_given_gradients(regime: str, setting: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-@pytest.mark.parametrize("regime", given.REGIMES)
+@pytest.mark.parametrize("regime", slow_but(given.REGIMES, *FAST))
 def test_the_family(regime: str, kind: str) -> None:
     """The other optimizers in every regime, each with the setting that falls to it."""
     setting = list(given.SETTINGS)[(list(given.REGIMES).index(regime) + list(FAMILY).index(kind)) % len(given.SETTINGS)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from .. import threads
+from ..marks import nightly_but
 from . import llamas, pieces
 from .given import SETTINGS
 
@@ -35,11 +36,12 @@ def adamw_deviation(regime: str) -> float:
     return llamas.deviation(whole(run(regime, None)), whole(run("plain", None)))
 
 
+MIXED = ("exact-0.1", "delayed-0.0", "layer-0.0")
 MIXTURES = ("tp2-fsdp2-norms-plain", "tp2-fsdp2-norms-dtensor", "hsdp-tp")  # seconds each; test_given.py has all six
 CASES = [
-    (regime, setting)
+    case
     for regime in llamas.REGIMES
-    for setting in (("exact-0.1", "delayed-0.0", "layer-0.0") if regime in MIXTURES else SETTINGS)
+    for case in nightly_but([(regime, setting) for setting in (MIXED if regime in MIXTURES else SETTINGS)], every=3)
     if regime != "plain"
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.verify.model import Llama, next_token_loss, token_batches
 
+from ..marks import nightly_but
 from ..ranks import Ranks
 from ..zero.engine import Collectives
 from . import llamas, pieces
@@ -28,8 +30,7 @@ CHOSEN = ("exact-0.0", "delayed-0.1", "layer-0.0")
 SHAPES = pieces.shapes_of(Llama())
 
 
-@pytest.mark.parametrize("setting", CHOSEN)
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(("setting", "regime"), nightly_but(product(CHOSEN, REGIMES), every=5))
 def test_twenty_steps(ranks4: Ranks, regime: str, setting: str) -> None:
     ranks, (alone,) = ranks4.run(llamas.train, regime, SETTINGS[setting]), alone_of(setting)
     assert all(rank["seen"] == ranks[0]["seen"] for rank in ranks)
@@ -116,8 +117,7 @@ def train_alone(options: dict[str, Any], steps: int = 20) -> dict[str, Any]:
     return {"alpha": optimizer.alpha, "params": pieces.of_model(model, SHAPES)}
 
 
-@pytest.mark.parametrize("setting", CHOSEN)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "setting"), nightly_but(product([2, 4], CHOSEN), every=4))
 def test_pipeline_stages_are_one_model(ranks4: Ranks, count: int, setting: str) -> None:
     options = SETTINGS[setting]
     ranks, alone = ranks4.run(train_pipeline, count, options), train_alone(options)
@@ -141,7 +141,7 @@ def replicas(options: dict[str, Any]) -> dict[str, Any]:
     return llamas.train("hsdp", options)
 
 
-@pytest.mark.parametrize("setting", CHOSEN)
+@pytest.mark.parametrize("setting", nightly_but(CHOSEN, every=3))
 def test_hsdp_replicas_stay_equal_under_different_ambient_seeds(ranks4: Ranks, setting: str) -> None:
     """``assemble`` compares the bits of every element that two ranks hold."""
     ranks = ranks4.run(replicas, SETTINGS[setting])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,10 @@ def test_fsdp_survives_a_killed_rank_sigterm_and_other_numbers_of_ranks(text: Pa
         assert norm == pytest.approx(calm_norm, rel=1e-3)
 
 
-SHARDINGS = (["--fsdp"], ["--zero", "2"])
+def shardings(every: str) -> list[Any]:
+    """Both for ``parametrize``: one in every run, the other nightly."""
+    both = (["--fsdp"], ["--zero", "2"])
+    return [pytest.param(one, marks=() if one[0] == every else pytest.mark.nightly) for one in both]
 
 
 def last_line(output: str) -> str:
@@ -112,7 +116,7 @@ def last_line(output: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("sharding", SHARDINGS, ids=" ".join)
+@pytest.mark.parametrize("sharding", shardings("--fsdp"), ids=" ".join)
 def test_a_mistake_in_the_settings_is_said_once_and_last(text: Path, tmp_path: Path, sharding: list[str]):
     """Neither the launcher nor the other optimizer tries it again."""
     job = Job(tmp_path / "run", text, *sharding, "--gpus", "2", "--block", "9999999")
@@ -126,7 +130,7 @@ def test_a_mistake_in_the_settings_is_said_once_and_last(text: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("sharding", SHARDINGS, ids=" ".join)
+@pytest.mark.parametrize("sharding", shardings("--zero"), ids=" ".join)
 def test_a_full_disk_is_named_last_with_the_file(text: Path, tmp_path: Path, sharding: list[str]):
     """A real one of 24 MB, on which the second checkpoint finds no room, and the log neither."""
     disk = tmp_path / "disk"

@@ -23,6 +23,7 @@ from tests.zero import engine
 
 from .. import threads
 from ..equality import given, pieces
+from ..marks import slow_but
 
 STEPS = 6
 Gradients = list[dict[str, Tensor]]
@@ -133,7 +134,7 @@ def adamw(
 
 
 @pytest.mark.parametrize("setting", OPTIONS)
-@pytest.mark.parametrize("poison", POISONS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("poison", slow_but(POISONS, nan_on_one_rank), ids=lambda p: p.__name__)
 def test_never_worse_than_adamw_and_all_ranks_agree(poison: Callable[[Gradients], None], setting: str) -> None:
     options = OPTIONS[setting]
     lr = options.get("lr", given.LR)
@@ -206,7 +207,7 @@ def merge_adapter(world_regime: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"seen": seen, "params": pieces.of_model(model, given.SHAPES)}
 
 
-@pytest.mark.parametrize("regime", ["fsdp2", "hsdp", "by-hand", "tp"])
+@pytest.mark.parametrize("regime", slow_but(["fsdp2", "hsdp", "by-hand", "tp"], "fsdp2"))
 @pytest.mark.parametrize("setting", ["exact", "delayed", "layer"])
 def test_parameters_that_appear_and_disappear_count_as_in_one_process(regime: str, setting: str) -> None:
     (alone,) = threads.run(1, merge_adapter, "plain", OPTIONS[setting])
@@ -240,7 +241,7 @@ def run_zero(stage: int, poison: str, optimizer: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("poison", ["nan_on_one_rank", "zeros", "denormals", "conflict_everywhere"])
+@pytest.mark.parametrize("poison", slow_but(["nan_on_one_rank", "zeros", "denormals", "conflict_everywhere"]))
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_is_never_worse_than_adamw_and_all_ranks_agree(ranks2: Ranks, stage: int, poison: str) -> None:
     theirs = ranks2.run(run_zero, stage, poison, "AdamW")

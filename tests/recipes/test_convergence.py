@@ -25,6 +25,8 @@ from benchmarks.convergence.runs import Job, Result
 from benchmarks.convergence.trial import Task
 from benchmarks.convergence.variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
 
+from .conftest import only_kernels
+
 TINY = replace(
     tasks.SMALL, width=16, layers=1, heads=2, block=16, batch=2, steps=8, vocabulary=300, rates=(1e-3, 2e-3),
     fine_tuning_rates=(1e-3, 2e-3),
@@ -38,7 +40,7 @@ def scale(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tasks.Scale]:
     for i in range(60):
         (data / f"{i}.txt").write_text(f"def f{i}(x): return x + {i}\n" * 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALPHAADAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ALPHAADAM_CACHE", str(only_kernels(tmp_path_factory.mktemp("study") / "cache")))
         patch.setattr(tasks, "PACKAGES", ("json", "tomllib"))
         patch.setattr(tasks, "topics", {f"topic {i}": f"Statement {i} is a statement. " * 40 for i in range(60)})
         yield replace(TINY, data=str(data))

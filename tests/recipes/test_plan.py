@@ -85,6 +85,7 @@ def test_memory_is_what_is_allocated(ranks2: Ranks):
             assert size == pytest.approx(expected, rel=1e-3), sharding
 
 
+@pytest.mark.slow
 def test_alphaadams_share_is_what_it_sends(ranks2: Ranks):
     for options, size in (({}, plan.GLOBAL_BYTES), ({"scope": "layer"}, plan.LAYER_BYTES * 5)):
         watched = {"steps": 2, "count_collectives": True}

@@ -113,6 +113,7 @@ def test_an_interrupt_ends_the_ranks(tmp_path: Path):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "saved"), [(0, True), (3, False)])
 def test_sigterm_reaches_the_ranks_through_their_standard_input(tmp_path: Path, code: int, saved: bool):
     rank = (
@@ -134,6 +135,7 @@ def test_sigterm_reaches_the_ranks_through_their_standard_input(tmp_path: Path, 
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path):
     rank = (
         "import os, pathlib, threading, time; from importlib.machinery import SourceFileLoader; "

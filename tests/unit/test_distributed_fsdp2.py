@@ -20,6 +20,7 @@ from alphaadam_dist import AlphaAdam, parameters
 from alphaadam_dist.layout import Layout
 from alphaadam_dist.statistics import Statistics
 
+from ..marks import slow_but
 from ..models import Given, decay_groups, given_gradients
 from ..ranks import Ranks
 from .collectives import Collectives
@@ -111,7 +112,7 @@ def run(kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "fsdp2"))
 def test_sharded_is_one_process_bit_for_bit(ranks4: Ranks, kind: str, mode: str) -> None:
     answers = ranks4.run(run, kind, MODES[mode])
     for answer in answers:

@@ -33,6 +33,7 @@ def here(tensors: list[Tensor]) -> list[Tensor]:
     return [placed(tensor.to(DEVICE), tensor.storage_offset()) for tensor in tensors]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     direction=st.sampled_from(sorted(DIRECTIONS)), sizes=sizes, seed=st.integers(0, 10**6),
@@ -62,6 +63,7 @@ def test_update(
         assert (same(ours.cpu(), theirs) | near).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     sizes=sizes, seed=st.integers(0, 10**6), dtype=st.sampled_from(cpu.DTYPES),

@@ -19,6 +19,7 @@ from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
 from alphaadam_dist.zero import universal
 from tests.checkpoint.test_universal import convert
+from tests.marks import slow_but
 from tests.models import Given, decay_groups, given_gradients
 from tests.ranks import Ranks
 from tests.zero import engine
@@ -134,7 +135,7 @@ MICRO: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["zero2-offload", "zero3", *(pytest.param(m, marks=pytest.mark.slow) for m in MICRO)])
+@pytest.mark.parametrize("mode", slow_but(MICRO, "zero2-offload"))
 def test_used_in_some_micro_batches(ranks2: Ranks, mode: str) -> None:
     """Not added to what stands there from the step before, and not lost where the last micro-batch has none."""
     steps = program(micro_batches=2)
@@ -174,12 +175,13 @@ def test_a_checkpoint_knows_what_was_missed(ranks1: Ranks, ranks2: Ranks, tmp_pa
     assert_equal(ranks1.run(under_deepspeed, config, {}, steps, folder=folder, load="universal"), expected)
 
 
-@pytest.mark.parametrize("mode", ["zero0", "zero0-bf16"])
+@pytest.mark.parametrize("mode", slow_but(["zero0", "zero0-bf16"], "zero0"))
 def test_stage_zero_on_one_rank(ranks1: Ranks, mode: str) -> None:
     steps = program()
     assert_equal(ranks1.run(under_deepspeed, MODES[mode], {}, steps), alone({}, steps, mode=mode))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zero0", "zero1-bf16-fp32-accumulation"])
 def test_where_deepspeed_takes_zeros_it_is_said_once(ranks2: Ranks, mode: str) -> None:
     """One rank cannot tell what the others used, so DeepSpeed's zeros stay: no evidence, but decay and momentum."""
@@ -230,6 +232,7 @@ def with_leaf_module() -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_ranks_that_use_different_parts_of_a_leaf_module(ranks2: Ranks) -> None:
     """DeepSpeed takes zeros there where a rank has none, so the average over the ranks is what is stepped."""
     model = WithExperts()
