@@ -1,10 +1,11 @@
 """AlphaLion: the family's Lion."""
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from . import options, rule
 from .optimizer import AlphaOptimizer

@@ -3,10 +3,11 @@
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from . import options, rule
 from .optimizer import AlphaOptimizer

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import rank_failures
 from .handshake import stop_together
 from .shards import Shard
+from .torch_versions import all_gather_single
 
 SLICE_BYTES = 2 * 2**20  # of the exchange, in memory at a time
 EXCHANGE = "handshake (exchange of who holds which shard)"
@@ -134,7 +135,7 @@ def _exchange(table: Tensor, group: dist.ProcessGroup, device: torch.device) -> 
         padded = torch.nn.functional.pad(mine, (0, 0, 0, height - len(mine)), value=-1).to(device)
         gathered = torch.empty((world * height, table.shape[1]), dtype=torch.int64, device=device)
         with rank_failures.explaining(EXCHANGE, group):
-            dist.all_gather_single(gathered, padded, group=group)
+            all_gather_single(gathered, padded, group=group)
         yield gathered.view(world, height, -1).cpu()
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .layout import Layout, Segment
 from .shards import cut
-from .tensors import local
+from .tensors import is_dtensor, local
 
 Owned = tuple[Segment, Tensor, Tensor]
 """A segment that this rank counts, its gradient and its momentum."""
@@ -89,7 +88,7 @@ def gradient(param: Tensor) -> Tensor | None:
     grad = param.grad
     if grad is None or type(grad) is Tensor:
         return grad
-    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+    if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
         # as AdamW's operations would; kept, because the update reads what was counted
         param.grad = grad = grad.redistribute(placements=param.placements)
     return local(grad)

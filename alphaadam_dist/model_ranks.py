@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from .rank_failures import people
 from .shards import Shard
+from .tensors import is_dtensor
 
 
 def reduce_group(
@@ -48,5 +48,5 @@ def reduce_group(
 
 def _of_meshes(param_groups: Sequence[Mapping[str, Any]]) -> set[int]:
     params = [param for group in param_groups for param in group["params"]]
-    meshes = {param.device_mesh for param in params if isinstance(param, DTensor)}
+    meshes = {param.device_mesh for param in params if is_dtensor(param)}
     return {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}

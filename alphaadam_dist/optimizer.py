@@ -8,12 +8,13 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from . import one_model, options, parameters
+from . import one_model, options, parameters, torch_versions
 from .eager import eager
 from .import_hook import when_imported
 from .kernels import consensus
@@ -59,6 +60,7 @@ class AlphaOptimizer(Persistent):
         self._run = Run(weakref.ref(self), chosen)
         super().__init__(params, defaults)
         parameters.check_ranks(self)
+        torch_versions.warn_untested()
         for act in self._when_made:
             act()
 

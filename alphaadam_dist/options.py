@@ -6,11 +6,12 @@ import numbers
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Self
 
 CAPTURABLE = ("cuda",)
 """Devices whose steps a graph can hold."""

@@ -8,11 +8,12 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from . import options, saved_state
 from .layout import Layout

@@ -10,10 +10,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from . import options
-from .local_tensors import local
+from .tensors import is_dtensor, local
 
 OTHER_MOMENTS = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mu_product", "momentum_buffer", "square_avg", "grad_avg",
@@ -226,15 +225,15 @@ def _check_moment(what: str, value: Any, param: Tensor, *, swapped: bool) -> Non
 
 
 def _fits(value: Tensor, param: Tensor) -> bool:
-    if not isinstance(value, DTensor):
+    if not is_dtensor(value):
         return value.shape == local(param).shape
-    return isinstance(param, DTensor) and (value.shape, value.device_mesh, value.placements) == (
+    return is_dtensor(param) and (value.shape, value.device_mesh, value.placements) == (
         param.shape, param.device_mesh, param.placements,
     )  # fmt: skip
 
 
 def _described(tensor: Tensor) -> str:
-    sharded = f" sharded as {tensor.placements}" if isinstance(tensor, DTensor) else ""
+    sharded = f" sharded as {tensor.placements}" if is_dtensor(tensor) else ""
     return f"of shape {tuple(tensor.shape)}{sharded}"
 
 

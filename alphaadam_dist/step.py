@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from . import consistency, options
 from .kernels import consensus
@@ -20,7 +19,7 @@ from .kernels.reference import squared_norms
 from .layout import Layout
 from .local_tensors import LocalTensors, Owned, by_device, local_tensors, owned_of_flat
 from .persistence import Persistent
-from .tensors import local
+from .tensors import is_dtensor, local
 
 _AFTER = {
     "exact": {"count": ("opened",), "update": ("counted", "updated"), "close": ("updated",)},
@@ -174,7 +173,7 @@ class Step:
             if optimizer.counts_steps:
                 device = param.device if self._options.capturable else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            like = param if isinstance(param, DTensor) else local(param)
+            like = param if is_dtensor(param) else local(param)
             for name in optimizer.moments:
                 state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
         return state

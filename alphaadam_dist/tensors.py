@@ -4,18 +4,28 @@ A subclass of torch.Tensor that computes by itself (``__torch_dispatch__``) keep
 of them holds every element, as in the subclasses that only change how a weight is multiplied, that one is updated.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedParameter
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_dtensor(tensor: object) -> "TypeIs[DTensor]":
+    """Asked without importing DTensors, which takes a second: where nobody has, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -26,7 +36,7 @@ def local(tensor: Tensor) -> Tensor:
     kind = type(tensor)
     if kind is Parameter or kind is Tensor:
         return tensor
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         # not to_local(), which costs as much host time as the rest of the step where parameters are small
         return local(tensor._local_tensor)
     if isinstance(tensor, AsyncCollectiveTensor):

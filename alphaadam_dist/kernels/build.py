@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..paths import cache_dir
+from ..torch_versions import compiler_flags
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -56,7 +57,7 @@ def library(machine_flags: list[str]) -> Path:
         folder = cache_dir() / "kernels"
     except OSError as error:
         raise Unavailable(str(error)) from error
-    flags = FLAGS + machine_flags
+    flags = FLAGS + machine_flags + compiler_flags()
     compiler = os.environ.get("CXX", "").strip() or "c++"
     try:
         parts = SOURCE.read_bytes(), torch.__version__, compiler, _processor(), flags

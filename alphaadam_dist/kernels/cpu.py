@@ -7,6 +7,7 @@ there they are within four units in the last place of what is added.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,17 @@ Unavailable = build.Unavailable
 DTYPES = (torch.float32, torch.float64)  # of the state
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def load() -> None:
-    """Make the kernels ready. Raises Unavailable where they can't be compiled."""
+    """Make the kernels ready, once for all threads. Raises Unavailable where they can't be compiled."""
+    with _loading:
+        _load()
+
+
+@functools.cache
+def _load() -> None:
     build.load()
     # what torch.compile and FakeTensor need to know of the operators: the shapes that come out
     torch.library.register_fake("alphaadam::count", _fake_count)

@@ -1,13 +1,15 @@
 """DTensors: FSDP2, HSDP and tensor parallel. The mesh and the placements say which part a rank holds."""
 
 from collections.abc import Sequence
-
-from torch.distributed.tensor import DTensor, Placement
+from typing import TYPE_CHECKING
 
 from . import Shard
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
-def shards(param: DTensor, key: str) -> list[Shard]:
+
+def shards(param: "DTensor", key: str) -> list[Shard]:
     """The one shard of a DTensor, named by the rank's coordinate on every mesh dimension that splits it.
 
     Replicate dimensions don't take part, so the replicas of HSDP have equal parts.
@@ -26,6 +28,6 @@ def shards(param: DTensor, key: str) -> list[Shard]:
     return [Shard(key, place(param.placements, coordinate), 0, param.to_local().numel(), param.numel())]
 
 
-def place(placements: Sequence[Placement], coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def place(placements: Sequence["Placement"], coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """(mesh dimension, coordinate) for every dimension that splits the tensor."""
     return tuple((dim, coordinate[dim]) for dim, placement in enumerate(placements) if not placement.is_replicate())

@@ -2,8 +2,8 @@
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from ..tensors import is_dtensor
 from . import Shard, dtensor, fsdp1
 
 
@@ -17,7 +17,7 @@ def shards_of(param: Tensor, key: str, *, named: bool, sharding: str, group: dis
     Raises:
         ValueError: it cannot be told which part of the model this is, with what the user must say.
     """
-    if isinstance(param, DTensor):
+    if is_dtensor(param):
         return dtensor.shards(param, key)
     if sharding == "replicated":
         return _plain(param, key)

@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 from alphaadam_dist.files import read_object, write_whole
 from alphaadam_dist.training.text import digest_of_data, digest_of_place

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+
+from typing_extensions import Self
 
 from alphaadam_dist.training.reasons import Explained, Reason, heard
 from alphaadam_dist.training.settings import Settings

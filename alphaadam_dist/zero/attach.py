@@ -12,7 +12,7 @@ from ..optimizer import AlphaOptimizer
 from ..persistence import Driver
 from ..shards import Shard
 from ..step import Step
-from . import internals, monitor, refusals, universal
+from . import internals, monitor, refusals, universal, versions
 from .rank_files import RankFiles
 from .registration import register
 from .unused import Unused, check_missed, watch_zero_filled
@@ -28,6 +28,7 @@ def prepare(engine: Any, optimizer: AlphaOptimizer, *, supported: bool) -> None:
     if supported:
         internals.allow(type(optimizer))
     refusals.refuse(engine, optimizer)
+    versions.warn_untested()
 
 
 def attach(engine: Any, optimizer: AlphaOptimizer) -> None:

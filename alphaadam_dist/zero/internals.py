@@ -26,7 +26,7 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from ..shards import Shard, clean_names
-from . import versions
+from . import older, versions
 
 STAGE3_BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
@@ -84,7 +84,7 @@ INSTANCE_NAMES = {
 
 
 def missing_names() -> list[str]:
-    """The names of the table that the installed DeepSpeed does not have."""
+    """The names of the table that the installed DeepSpeed does not have, though it is not older than they are."""
     missing = []
     for where, names in CLASS_NAMES.items():
         module, _, last = where.rpartition(".")
@@ -96,7 +96,7 @@ def missing_names() -> list[str]:
         except (ImportError, AttributeError):
             missing.append(where)
             continue
-        missing += [f"{where}.{name}" for name in names if not hasattr(holder, name)]
+        missing += [f"{where}.{name}" for name in names if not (hasattr(holder, name) or older.may_lack(name))]
     return missing
 
 
@@ -110,9 +110,9 @@ def check_instance(obj: Any) -> None:
     """Raise RuntimeError if an engine or wrapper lacks an attribute that this module reads."""
     for cls, names in INSTANCE_NAMES.items():
         if isinstance(obj, cls):
-            missing = [f"{cls.__name__}.{name}" for name in names if not hasattr(obj, name)]
+            missing = [f"{cls.__name__}.{name}" for name in names if not (hasattr(obj, name) or older.may_lack(name))]
             if missing:
-                raise versions.moved(missing)
+                raise versions.unserved(missing)
 
 
 def named_parameters(engine: Any) -> list[tuple[str, Tensor]]:
@@ -218,7 +218,7 @@ class InParts(Wrapper):
 
         @functools.wraps(reduce)
         def noted(param: Tensor, *args: Any) -> None:
-            note(param, self.zero.micro_step_id <= 0, self.zero.is_gradient_accumulation_boundary())
+            note(param, self.zero.micro_step_id <= 0, older.at_boundary(self.zero))
             reduce(param, *args)
 
         self.zero.reduce_independent_p_g_buckets_and_remove_grads = noted
@@ -318,8 +318,8 @@ class Stage1And2(InParts):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         if self.zero.cpu_offload and not hasattr(self.zero, "accumulated_grads_in_cpu"):
-            raise versions.moved(["DeepSpeedZeroOptimizer.accumulated_grads_in_cpu"])
-        self.lands = self.zero.cpu_offload and engine.managed_gradient_accumulation()
+            raise versions.unserved(["DeepSpeedZeroOptimizer.accumulated_grads_in_cpu"])
+        self.lands = self.zero.cpu_offload and older.asked(engine, "managed_gradient_accumulation", True)
 
     def flats(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
@@ -330,7 +330,7 @@ class Stage1And2(InParts):
             _slice_of_flat(params, paddings, size, group, names)
             for params, paddings, size, group in zip(
                 self.zero.round_robin_bit16_groups,
-                self.zero.round_robin_bit16_padding,
+                older.round_robin_paddings(self.zero),
                 self.numels(),
                 self.zero.real_dp_process_group,
                 strict=True,
@@ -342,7 +342,7 @@ class Stage1And2(InParts):
             if flat.grad is not None:  # offloaded, or the group about to be stepped
                 yield flat, [flat.grad]
             else:
-                whole = self.zero._get_preflattened_grad_partition(i)
+                whole = older.preflattened(self.zero, i)
                 yield flat, self.zero.averaged_gradients[i] if whole is None else [whole]
 
     def parameters(self) -> list[Tensor]:
@@ -376,6 +376,9 @@ class Stage1And2(InParts):
         zero.reduce_gradients = reduce_all
 
     def land(self, params: Iterable[Tensor]) -> None:
+        if older.may_lack("_finalize_cpu_offload_gradient_accumulation"):
+            older.land_1_and_2(self.zero, params)
+            return
         self.zero._offload_accumulated_param_ids = {self.zero.get_param_id(param) for param in params}
         self.zero._finalize_cpu_offload_gradient_accumulation()
 
@@ -399,7 +402,7 @@ class Stage3(InParts):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        self.lands = self.zero.offload_optimizer and engine.managed_gradient_accumulation()
+        self.lands = self.zero.offload_optimizer and older.asked(engine, "managed_gradient_accumulation", True)
 
     def flats(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
@@ -437,6 +440,9 @@ class Stage3(InParts):
         return getattr(self.zero, STAGE3_BUFFERS).get(param.ds_id)
 
     def land(self, params: Iterable[Any]) -> None:
+        if older.may_lack("_finalize_offload_gradient_accumulation"):
+            older.land_3(self.zero, params, getattr(self.zero, STAGE3_BUFFERS))
+            return
         self.zero._offload_boundary_param_ids = {param.ds_id for param in params}
         self.zero._finalize_offload_gradient_accumulation()
 

@@ -10,6 +10,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ..optimizer import AlphaOptimizer
+from . import older
 
 Refusal = tuple[bool, str, str]
 """Whether it is there, what it is, and what to do."""
@@ -48,12 +49,13 @@ def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
         "each stage would get an alpha of its own: use ZeRO-3, or FSDP2, to fit the model",
     )
     yield (
-        engine.autotp_size() > 1 or (mpu is not None and bwc_tensor_model_parallel_world_size(mpu) > 1),
-        f"tensor parallelism (tensor_parallel.autotp_size={engine.autotp_size()!r}, or an mpu)",
+        older.asked(engine, "autotp_size", 1) > 1
+        or (mpu is not None and bwc_tensor_model_parallel_world_size(mpu) > 1),
+        f"tensor parallelism (tensor_parallel.autotp_size={older.asked(engine, 'autotp_size', 1)!r}, or an mpu)",
         "each tensor-parallel rank would get an alpha of its own: set autotp_size to 1 and use ZeRO-3",
     )
     yield (
-        bool(getattr(engine._config.compile_config, "deepcompile", False)),
+        bool(getattr(getattr(engine._config, "compile_config", None), "deepcompile", False)),
         "compile.deepcompile=true",
         "DeepCompile steps past the hooks that count: set it to false",
     )
@@ -72,7 +74,7 @@ def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
 
 def _of_the_precision(engine: Any) -> Iterator[Refusal]:
     yield (
-        engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+        older.asked(engine, "torch_autocast_enabled", False) and engine.torch_autocast_dtype() == torch.float16,
         "torch_autocast with dtype float16",
         "its GradScaler may skip one parameter group of a step: use dtype bfloat16, or the fp16 section",
     )
@@ -82,7 +84,8 @@ def _of_the_precision(engine: Any) -> Iterator[Refusal]:
         "fp16 moments lose the gradients' signs: set it to false",
     )
     yield (
-        engine.bf16_master_weights_and_gradients() or engine.bf16_optimizer_states(),
+        older.asked(engine, "bf16_master_weights_and_gradients", False)
+        or older.asked(engine, "bf16_optimizer_states", False),
         "bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states=true",
         "moments in bf16 stop following the gradients: set both to false",
     )
@@ -91,12 +94,12 @@ def _of_the_precision(engine: Any) -> Iterator[Refusal]:
 def _of_the_offload(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
     offload = engine.zero_offload_optimizer()
     yield (
-        engine.super_offload(),
+        older.asked(engine, "super_offload", False),
         "zero_optimization.offload_optimizer.super_offload=true",
         "it runs DeepSpeed's own CPU Adam: set it to false",
     )
     yield (
-        engine.zenflow_config() is not None,
+        older.asked(engine, "zenflow_config", None) is not None,
         "zero_optimization.zenflow",
         "it updates some columns at other times than the rest: remove the section",
     )

@@ -110,7 +110,9 @@ def _refused_after(init: Callable[..., None]) -> Callable[..., None]:
     def checked_init(engine: Any, *args: Any, **kwargs: Any) -> None:
         init(engine, *args, **kwargs)
         if any(isinstance(getattr(engine, name, None), AlphaOptimizer) for name in ("basic_optimizer", "optimizer")):
-            raise versions.moved([f"{ENGINE}.DeepSpeedEngine.{name}" for name in METHODS if not hasattr(engine, name)])
+            raise versions.unserved(
+                [f"{ENGINE}.DeepSpeedEngine.{name}" for name in METHODS if not hasattr(engine, name)]
+            )
 
     return checked_init
 
@@ -124,10 +126,10 @@ def _attach_module() -> Any:
     try:
         from . import attach, internals
     except Exception as error:
-        raise versions.moved([f"what internals.py imports ({error})"]) from error
+        raise versions.unserved([f"what internals.py imports ({error})"]) from error
     missing = internals.missing_names()
     if missing:
-        raise versions.moved(missing)
+        raise versions.unserved(missing)
     return attach
 
 

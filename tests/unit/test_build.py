@@ -27,10 +27,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not asked for the kernels yet."""
-    for function in (kernels._problem, cpu.load, build.load):
+    for function in (kernels._problem, cpu._load, build.load):
         function.cache_clear()
     yield
-    for function in (kernels._problem, cpu.load, build.load):
+    for function in (kernels._problem, cpu._load, build.load):
         function.cache_clear()
 
 

@@ -283,7 +283,7 @@ def test_who_steps_what() -> None:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """As in a process that has not asked for the kernels yet."""
-    for function in (kernels._problem, cpu.load, build.load):
+    for function in (kernels._problem, cpu._load, build.load):
         function.cache_clear()
     yield
     kernels._problem.cache_clear()

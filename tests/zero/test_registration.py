@@ -98,7 +98,7 @@ def test_no_deepspeed_can_break_the_import(tmp_path: Path) -> None:
         "another engine imported",
     ]
     assert told[12].startswith(
-        "alphaadam_dist cannot run under DeepSpeed 9.9: it no longer has deepspeed.runtime.engine."
+        "alphaadam_dist cannot run under DeepSpeed 9.9, which has moved: it no longer has deepspeed.runtime.engine."
     )
     assert "Install a tested version" in told[12]
 
