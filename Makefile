@@ -5,7 +5,7 @@
 #   make finetune               SmolLM2-135M on instructions, with AlphaAdam and with AdamW
 #   make glue                   a sentence encoder on a GLUE-like task, the same
 #   make bench                  what a step costs, beside AdamW and its peers
-#   make test | test-fast | test-nightly | test-older | test-torchtitan | test-nvme | lint | setup
+#   make test | test-fast | test-nightly | test-older | test-versions | test-torchtitan | test-nvme | lint | setup
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -30,7 +30,7 @@ RECIPE := GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANK
 # DeepSpeed compiles with the ninja that it finds first, and anew whenever that is of another version.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup train science finetune glue bench test test-fast test-nightly test-older test-torchtitan test-nvme lint
+.PHONY: setup train science finetune glue bench test test-fast test-nightly test-older test-versions test-torchtitan test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -94,6 +94,10 @@ test-older: setup
 	PYTHONPATH=$(OLDER_IN) TORCH_EXTENSIONS_DIR=$(OLDER_IN)/extensions $(BIN)/python -m pytest \
 	    tests/zero/test_refusals.py tests/zero/test_equality.py tests/hf/test_accelerate.py tests/hf/test_fsdp.py \
 	    -k "has_every_name or (two_ranks and exact) or test_accelerate or test_fsdp" $(ARGS)
+
+# The oldest and the newest versions served, in environments of their own, 5 GB each; goes on where it stopped.
+test-versions: setup
+	$(BIN)/python -m tests.corners $(ARGS)
 
 # torchtitan and what it imports, without the versions of other packages that it asks for.
 test-torchtitan: setup

@@ -8,7 +8,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -19,6 +18,7 @@ from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
 from alphaadam_dist.training.reasons import is_of_communication
 from alphaadam_dist.training.settings import TINY
+from alphaadam_dist.training.transformers_versions import in_dtype, unpacked
 
 _TINY_VOCABULARY = 2048
 
@@ -43,10 +43,9 @@ def pretrained_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
     It is loaded in `dtype`, whatever it was saved in: DeepSpeed trains in the type it is given.
     """
     folder, file = _place(model)
-    # Without this the weights would stay quantized where the device has a kernel for that, and could not be trained.
-    unpacked = {"quantization_config": GgufConfig(dequantize=True), **file} if file else {}
+    more = {**unpacked(), **file} if file else {}
     with naming_model(model):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **unpacked)
+        return AutoModelForCausalLM.from_pretrained(folder, **in_dtype(dtype), **more)
 
 
 @contextmanager

@@ -21,11 +21,12 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.optimizer import AlphaOptimizer
 from tests.models import Given, given_gradients
+from tests.older_torch import distributed
 
 from .. import threads
 from . import pieces
@@ -58,7 +59,7 @@ def distribute(model: nn.Module, over: DeviceMesh, *, norms: bool) -> None:
             placement = Replicate()
         else:
             continue
-        whole = distribute_tensor(param.detach(), over, [placement], src_data_rank=None)
+        whole = distributed(param.detach(), over, [placement])
         setattr(model, name, nn.Parameter(whole, requires_grad=param.requires_grad))
     model.tied = model.embedding
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from alphaadam_dist.shards import clean_names
+from tests.older_torch import distributed
 
 Pieces = dict[str, tuple[Tensor, Tensor]]
 """For every parameter the flat indices of the elements that a rank holds, and their values."""
@@ -23,7 +24,7 @@ Pieces = dict[str, tuple[Tensor, Tensor]]
 def local_part(whole: Tensor, param: Tensor) -> Tensor:
     """The part of a whole tensor that belongs where this rank has its part of a parameter."""
     if isinstance(param, DTensor):
-        return distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)
+        return distributed(whole, param.device_mesh, param.placements)
     if hasattr(param, "slice_of_whole"):  # a plain tensor of which a test said which part it is
         return whole.reshape(-1)[param.slice_of_whole].clone()
     return whole.clone()

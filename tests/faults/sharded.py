@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from alphaadam_dist.shards import clean_name
+from tests.older_torch import distributed
 
 from ..equality.pieces import local
 from .programs import NEEDS_GROUP, Unit
@@ -129,4 +130,4 @@ def _square(names: tuple[str, str]) -> DeviceMesh:
 
 def _anywhere(value: Tensor, over: DeviceMesh, chance: random.Random) -> DTensor:
     placements = [chance.choice([Replicate(), *(Shard(d) for d in range(value.ndim))]) for _ in range(over.ndim)]
-    return distribute_tensor(value, over, placements, src_data_rank=None)
+    return distributed(value, over, placements)

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Split
 
 from alphaadam_dist import AlphaAdam
 from tests.models import Given, given_gradients
+from tests.older_torch import distributed
 
 from .. import threads
 from ..equality import given, pieces
@@ -129,7 +130,7 @@ def with_one_outside(told: str) -> Any:
     mesh = DeviceMesh("cpu", [0, 1])
     model = Given()
     for name, param in list(model.named_parameters()):
-        whole = distribute_tensor(param.detach(), mesh, [Split(0)], src_data_rank=None)
+        whole = distributed(param.detach(), mesh, [Split(0)])
         setattr(model, name, nn.Parameter(whole, requires_grad=param.requires_grad))
     model.tied = model.embedding
     if told == "world":
@@ -183,7 +184,7 @@ def on_two_meshes() -> Any:
     model = Given()
     for name, param in list(model.named_parameters()):
         mesh = meshes[name != "embedding"]
-        whole = distribute_tensor(param.detach(), mesh, [Split(0)], src_data_rank=None)
+        whole = distributed(param.detach(), mesh, [Split(0)])
         setattr(model, name, nn.Parameter(whole, requires_grad=param.requires_grad))
     model.tied = model.embedding
     return trained(model.named_parameters())
@@ -232,7 +233,7 @@ def replicated_on_two_of_three(**options: Any) -> Any:
         return None
     params = {}
     for name, param in Given().named_parameters():
-        whole = distribute_tensor(param.detach(), mesh, [Replicate()], src_data_rank=None)
+        whole = distributed(param.detach(), mesh, [Replicate()])
         params[name] = nn.Parameter(whole, requires_grad=param.requires_grad)
     assert all(isinstance(param, DTensor) for param in params.values())
     if options.get("verify_every"):

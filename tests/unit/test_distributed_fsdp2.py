@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from alphaadam_dist import AlphaAdam, parameters
 from alphaadam_dist.layout import Layout
 from alphaadam_dist.statistics import Statistics
+from tests.older_torch import distributed
 
 from ..marks import slow_but
 from ..models import Given, decay_groups, given_gradients
@@ -41,11 +42,6 @@ NAMES = ("embedding", "weight", "norm", "bias", "one")
 def mesh_of(*shape: int) -> DeviceMesh:
     """One mesh of each shape in the life of a rank: its process groups are made once."""
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-
-
-def distributed(value: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
-    """This rank's part of a tensor that every rank has; no communication."""
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def sharded_by_fsdp(mesh: DeviceMesh) -> nn.Module:

@@ -18,6 +18,7 @@ from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.tensors import local
 
 from .. import threads
+from ..older_torch import gradients_of_another_dtype
 from .problems import gradients, memory_of, parameters_of, same_bits, step_with, tensors
 
 KINDS = (AlphaAdam, AlphaLion, AlphaSGD)
@@ -169,6 +170,7 @@ def test_a_step_on_tensors_without_values_touches_no_memory(kind: Any, fused: bo
 # ---- gradients of another dtype
 
 
+@gradients_of_another_dtype
 @pytest.mark.parametrize("fused", [True, False, None])
 @pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"threshold": 0.1}, {"clip_norm": 1.0},
                                      {"clip_norm": 1.0, "threshold": 0.1, "maximize": True}], ids=str)  # fmt: skip
