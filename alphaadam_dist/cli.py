@@ -243,8 +243,8 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="[bold]llama-7b[/bold], [bold]gpt2[/bold], [bold]roberta-base[/bold], a local folder with a "
-            "config.json, or a Hugging Face id.",
+            help="A built-in name ([bold]llama-3-8b[/bold], [bold]qwen3-8b[/bold], [bold]mistral-7b[/bold], ...; any "
+            "other word lists them), a local folder with a config.json, or a Hugging Face id.",
             show_default=False,
         ),
     ],
@@ -257,25 +257,37 @@ def plan(
             help="Share of the memory kept free for activations, buckets and workspaces, which are not counted."
         ),
     ] = 0.4,
+    lora: Annotated[
+        int | None, typer.Option(help="Train LoRA adapters of this rank on the linear layers of the blocks.")
+    ] = None,
+    qlora: Annotated[int | None, typer.Option(help="The same, with the frozen linear layers in 4 bits.")] = None,
 ) -> None:
     """Say which sharding fits a model on these GPUs, what a step sends, and what to start.
 
-    Counts weights, gradients, fp32 masters and moments, all parameters trained in bf16, on each GPU under ZeRO-0 to
-    ZeRO-3, FSDP2 and HSDP, with and without offload. Exits with 1 where nothing fits.
+    Counts weights, gradients, fp32 masters and moments, trained in bf16, on each GPU under ZeRO-0 to ZeRO-3, FSDP2 and
+    HSDP, with and without offload. Every parameter is trained without --lora or --qlora. Exits with 1 where nothing
+    fits.
 
     [bold]Examples[/bold]
 
       alphaadam plan llama-7b --gpus 16 --memory 40
 
       alphaadam plan ./my-model --gpus 4 --memory 24 --headroom 0.3
+
+      alphaadam plan llama-3-70b --gpus 8 --qlora 16
     """
     console = Console()
     with _in_one_line("planning needs pip install 'alphaadam-dist[hf]'"):
         from alphaadam_dist import plan as planning
 
+        if lora is not None and qlora is not None:
+            raise ValueError(f"--lora {lora} with --qlora {qlora}: give one of them")
+        for name, rank in (("lora", lora), ("qlora", qlora)):
+            if rank is not None and not 1 <= rank <= _MOST:
+                raise ValueError(f"--{name} is {rank}: it is the rank of the adapters, from 1 to {_MOST:,}")
         cluster = planning.Cluster(gpus, per_node, memory, headroom)
         with console.status("Reading the model's sizes"):
-            sizes = planning.shapes(model)
+            sizes = planning.shapes(model, qlora if lora is None else lora, four_bit=qlora is not None)
         if not planning.show(console, sizes, cluster):
             raise typer.Exit(1)
 
