@@ -57,7 +57,8 @@ def report(console: Console, run: Path, settings: Settings, optimizers: list[str
     logs = {OPTIMIZERS[optimizer]: metrics.read(run / optimizer / metrics.FILE_NAME) for optimizer in optimizers}
     picture = run / PICTURE_NAME
     ranks = f"{settings.gpus} rank{'s' if settings.gpus > 1 else ''}"
-    plot_run(logs, f"{settings.model} on {settings.data}, {settings.sharding} on {ranks}", picture)
+    where = f"{settings.model} on {settings.data}, {settings.sharding} on {ranks}"
+    plot_run(logs, f"{where}, lr {settings.lr:g}, seed {settings.seed}", picture)
     console.print()
     print_losses(console, logs)
     console.rule(f"what the model trained with {OPTIMIZERS[optimizers[0]]} writes")
