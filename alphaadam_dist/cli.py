@@ -1,20 +1,24 @@
-"""The `alphaadam` command. What a subcommand needs is imported when it runs, so that `--help` answers at once."""
+"""The `alphaadam` command. What a subcommand needs is imported when it runs, so that `--help` answers at once.
+
+Nothing here may import torch before a command runs: `tests/recipes/test_cli.py` looks.
+"""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from alphaadam_dist.training import reasons, settings
-from alphaadam_dist.training.run_folder import open_run
-from alphaadam_dist.training.start_ranks import SIGTERM_CODE, LaunchError, Stopped
+from alphaadam_dist import __version__
+from alphaadam_dist.training import settings
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+_REPOSITORY = "https://github.com/alphaadam-dist/alphaadam-dist"
 _CPU_RANKS, _CPU_RANKS_A_CORE = 2, 4
 _MOST = 10**6
 _ZERO = 2
@@ -29,8 +33,18 @@ def _how(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="How to run it")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"alphaadam-dist {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """AlphaAdam: one optimizer, the same under any sharding."""
 
 
@@ -82,6 +96,9 @@ def train(
 
     Without options: a small Llama on the standard library's own source, at ZeRO-2, in a few minutes without a GPU.
 
+    Needs pip install 'alphaadam-dist\\[deepspeed,hf]', with --fsdp without deepspeed. The first run under DeepSpeed
+    compiles an operator of it, once a machine, in a minute or two.
+
     SIGTERM saves at the end of the step and exits with 143; Ctrl-C ends at once, with 130. --resume goes on.
 
     [bold]Examples[/bold]
@@ -95,13 +112,17 @@ def train(
       alphaadam train --model gpt2 --data notes/ --zero 3 --steps 1000 --no-compare
     """
     console = Console()
-    with _in_one_line("training needs pip install 'alphaadam-dist[deepspeed,hf]'"):
+    with _in_one_line(f"training needs pip install 'alphaadam-dist[{'hf' if fsdp else 'deepspeed,hf'}]'"):
         chosen = settings.Settings(
             model=model, data=data, steps=steps, batch=batch, seed=seed, fsdp=fsdp, offload=offload, gpus=_ranks(gpus),
             zero=_ZERO if zero is None and not fsdp else zero,
             lr=settings.default_lr(model) if lr is None else lr,
             block=settings.default_block(model) if block is None else block,
         )  # fmt: skip
+        _require("transformers", "accelerate", "datasets", "tensorboard", "matplotlib", *(["deepspeed"] * (not fsdp)))
+        from alphaadam_dist.training.run_folder import open_run
+        from alphaadam_dist.training.start_ranks import SIGTERM_CODE, LaunchError, Stopped
+
         try:
             with open_run(out, resume, chosen) as run:
                 if resume and not any(run.glob("*/checkpoint-*")):
@@ -155,7 +176,7 @@ def bench(
 ) -> None:
     """Measure what a step costs, beside AdamW and its peers, in one run on the same tensors.
 
-    Needs a clone of the repository, where the peers are.
+    Needs a clone of the repository, where the peers are: a wheel does not have them.
 
     [bold]Examples[/bold]
 
@@ -168,7 +189,10 @@ def bench(
     try:
         from benchmarks import step_time
     except ImportError as error:
-        raise _failure(f"{error}: run it in a clone of the repository, after `make setup`") from None
+        raise _failure(
+            f"{error}. What it measures beside, and what that imports, is not in the wheel: `git clone {_REPOSITORY}`, "
+            "then `make bench` there"
+        ) from None
     if not (1 <= rounds <= _MOST) or any(not 1 <= each <= _MOST for each in size or ()):
         raise _failure(f"--rounds is {rounds}, --size is {size}: they must be from 1 to {_MOST:,}")
     if not out.is_dir():
@@ -219,8 +243,8 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="[bold]llama-7b[/bold], [bold]gpt2[/bold], [bold]roberta-base[/bold], a local folder with a "
-            "config.json, or a Hugging Face id.",
+            help="A built-in name ([bold]llama-3-8b[/bold], [bold]qwen3-8b[/bold], [bold]mistral-7b[/bold], ...; any "
+            "other word lists them), a local folder with a config.json, or a Hugging Face id.",
             show_default=False,
         ),
     ],
@@ -233,25 +257,37 @@ def plan(
             help="Share of the memory kept free for activations, buckets and workspaces, which are not counted."
         ),
     ] = 0.4,
+    lora: Annotated[
+        int | None, typer.Option(help="Train LoRA adapters of this rank on the linear layers of the blocks.")
+    ] = None,
+    qlora: Annotated[int | None, typer.Option(help="The same, with the frozen linear layers in 4 bits.")] = None,
 ) -> None:
     """Say which sharding fits a model on these GPUs, what a step sends, and what to start.
 
-    Counts weights, gradients, fp32 masters and moments, all parameters trained in bf16, on each GPU under ZeRO-0 to
-    ZeRO-3, FSDP2 and HSDP, with and without offload. Exits with 1 where nothing fits.
+    Counts weights, gradients, fp32 masters and moments, trained in bf16, on each GPU under ZeRO-0 to ZeRO-3, FSDP2 and
+    HSDP, with and without offload. Every parameter is trained without --lora or --qlora. Exits with 1 where nothing
+    fits.
 
     [bold]Examples[/bold]
 
       alphaadam plan llama-7b --gpus 16 --memory 40
 
       alphaadam plan ./my-model --gpus 4 --memory 24 --headroom 0.3
+
+      alphaadam plan llama-3-70b --gpus 8 --qlora 16
     """
     console = Console()
     with _in_one_line("planning needs pip install 'alphaadam-dist[hf]'"):
         from alphaadam_dist import plan as planning
 
+        if lora is not None and qlora is not None:
+            raise ValueError(f"--lora {lora} with --qlora {qlora}: give one of them")
+        for name, rank in (("lora", lora), ("qlora", qlora)):
+            if rank is not None and not 1 <= rank <= _MOST:
+                raise ValueError(f"--{name} is {rank}: it is the rank of the adapters, from 1 to {_MOST:,}")
         cluster = planning.Cluster(gpus, per_node, memory, headroom)
         with console.status("Reading the model's sizes"):
-            sizes = planning.shapes(model)
+            sizes = planning.shapes(model, qlora if lora is None else lora, four_bit=qlora is not None)
         if not planning.show(console, sizes, cluster):
             raise typer.Exit(1)
 
@@ -266,10 +302,21 @@ def _in_one_line(needs: str) -> Iterator[None]:
     except ImportError as error:
         raise _failure(f"{error}; {needs}") from None
     except (ValueError, OSError, RuntimeError) as error:
+        from alphaadam_dist.training import reasons
+
         raise _failure(reasons.of(error).text) from None
 
 
+def _require(*packages: str) -> None:
+    """Raise ImportError, before anything starts, that names all of these packages that are not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ImportError(f"not installed: {', '.join(missing)}")
+
+
 def _failure(message: str) -> typer.Exit:
+    from alphaadam_dist.training import reasons
+
     reasons.print_error(message)
     return typer.Exit(1)
 

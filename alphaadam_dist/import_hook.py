@@ -6,6 +6,8 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+DEEPSPEED_ENGINE = "deepspeed.runtime.engine"
+
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
     """Call ``act`` with a module now, or once it has been imported.

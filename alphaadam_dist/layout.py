@@ -76,6 +76,7 @@ class Layout:
         reference: all ranks take the reference kernels, because one of them cannot have the fast ones.
         drift_told: that replicas differ was said already.
         places: what the parameters were when this was built, for the builder to compare.
+        left_out: frozen parameters of the optimizer that could not be stepped; they are counted nowhere.
     """
 
     params: tuple[Tensor, ...]
@@ -91,6 +92,7 @@ class Layout:
     reference: bool = False
     drift_told: bool = False
     places: object = None
+    left_out: tuple[Tensor, ...] = ()
     _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property

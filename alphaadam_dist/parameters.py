@@ -1,5 +1,6 @@
 """The parameters of an optimizer that no backend drives: their names, what they hold, and the layout that they make."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,17 +14,19 @@ from .shards import Shard, clean_names, fsdp1
 from .shards.select import shards_of
 from .tensors import check_kind, check_places, local
 
+IDLE_STEPS = 3
+"""Steps without any gradient after which that is said. Some programs step once before the first backward."""
+
 
 def check(optimizer: Persistent, first_group: int = 0) -> None:
     """Raise ValueError or RuntimeError for a parameter, from a group on, that cannot be served."""
-    for name, param in named(optimizer.param_groups, first_group):
-        check_kind(name, param, type(optimizer).__name__)
+    for name, param in served(optimizer, first_group):
         _shards_of(optimizer, name, param)
 
 
 def check_ranks(optimizer: Persistent) -> None:
     """Raise ValueError where it cannot be told which ranks the model is on."""
-    held = [_shards_of(optimizer, *each) for each in named(optimizer.param_groups)]
+    held = [_shards_of(optimizer, *each) for each in served(optimizer)]
     model_ranks.reduce_group(optimizer.param_groups, held, optimizer.process_group)
 
 
@@ -44,25 +47,74 @@ def current_layout(optimizer: Persistent) -> Layout:
     layout, options = optimizer._run.layout, optimizer._run.options
     params = [param for group in optimizer.param_groups for param in group["params"]]
     places = [id(p) for p in params], [p.shape for p in params], [p.device for p in params]
-    if layout is not None and layout.places == places:
+    if layout is not None and layout.places == places and not any(map(_to_be_stepped, layout.left_out)):
         return layout
-    pairs = named(optimizer.param_groups)
+    pairs = served(optimizer)
     held = [_shards_of(optimizer, name, param) for name, param in pairs]
     check_places(pairs, optimizer.state, optimizer.moments, capturable=options.capturable)
     group = model_ranks.reduce_group(optimizer.param_groups, held, optimizer.process_group)
+    taken = [param for _, param in pairs]
     layout = build_layout(
-        params,
+        taken,
         held,
-        [local(param).numel() for param in params],
+        [local(param).numel() for param in taken],
         scope=options.scope,
         group=group,
-        device=statistics_device(params, group),
+        device=statistics_device(taken, group),
         names=[key for name, param in pairs for key in fsdp1.keys(param, name)],
     )
-    layout.places = places
+    layout.places, layout.left_out = places, tuple(param for param in params if param not in layout.segments)
     consensus.settle(layout, options)
     replicas.prove(layout, optimizer)
     return layout
+
+
+def note_gradients(optimizer: Persistent, layout: Layout, some: bool) -> None:
+    """A step has been taken, with ``some`` gradients here or with none. Warns, once, where there never was one.
+
+    Synchronises in the step that would warn, where the model is reduced over a group: other ranks may have gradients.
+    """
+    run = optimizer._run
+    if some or run.idle_steps is None:
+        run.idle_steps = None
+        return
+    run.idle_steps += 1
+    if run.idle_steps < IDLE_STEPS or run.options.capturable:  # a captured step may not read the device
+        return
+    run.idle_steps = None
+    if layout.group is not None and optimizer._adopt().state()[0]:
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    trainable = sum(param.requires_grad for param in params)
+    why = f"{trainable} are trainable, but no backward reached them" if trainable else "all of them are frozen"
+    warnings.warn(
+        f"this {type(optimizer).__name__} trains nothing: none of its {len(params)} parameters has had a gradient in "
+        f"{IDLE_STEPS} steps ({why}). Build the optimizer from the model that is trained, after all that wraps it or "
+        "adds parameters to it. With peft_config= a trainer adds its adapters after the optimizer was built: give it "
+        "get_peft_model(model, peft_config) and an optimizer over that. This is said once",
+        stacklevel=2,
+    )
+
+
+def served(optimizer: Persistent, first_group: int = 0) -> list[tuple[str, Tensor]]:
+    """As :func:`named`, without the frozen parameters of kinds that are not stepped, such as 4-bit weights.
+
+    Raises ValueError where one of such a kind is not frozen, or has a gradient all the same.
+    """
+    found = []
+    for name, param in named(optimizer.param_groups, first_group):
+        try:
+            check_kind(name, param, type(optimizer).__name__)
+        except ValueError:
+            if _to_be_stepped(param):
+                raise
+        else:
+            found.append((name, param))
+    return found
+
+
+def _to_be_stepped(param: Tensor) -> bool:
+    return param.requires_grad or param.grad is not None
 
 
 def named(param_groups: Sequence[Mapping[str, Any]], first_group: int = 0) -> list[tuple[str, Tensor]]:

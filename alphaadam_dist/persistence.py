@@ -51,6 +51,7 @@ class Run:
         layout: of the last step.
         driver: the backend that shards the model in the optimizer's place.
         warned: keys of parameter groups that were warned of.
+        idle_steps: how many steps have had no gradient on this rank; None once one had, or once that was said.
     """
 
     owner: weakref.ref[Persistent]
@@ -61,6 +62,7 @@ class Run:
     layout: Layout | None = None
     driver: Driver | None = None
     warned: set[str] = field(default_factory=set)
+    idle_steps: int | None = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         """That of the owner's copy: a run of its own, for the wrapper's copy as well."""

@@ -2,17 +2,16 @@
 
 Counted are weights, gradients, fp32 masters and moments, and under ZeRO-3 and FSDP the weights gathered for the layers
 at work. Activations, communication buckets, workspaces and fragmentation are not: a share of the card is kept free for
-them. Nor are the copies of the model that ranks hold in CPU memory while they load it. Every parameter is trained. ZeRO
-computes in bf16 with fp32 masters; FSDP holds fp32 weights and casts them to bf16 layer by layer, as Accelerate does.
-ZeRO-2 and ZeRO-3 are counted as DeepSpeed's own `estimate_zero2_model_states_mem_needs` and
-`estimate_zero3_model_states_mem_needs` count them, plus what these leave out and DeepSpeed 0.19.8 allocates: one more
-bf16 value a parameter at stage 3, and in CPU memory under offload.
+them. Nor are the copies of the model that ranks hold in CPU memory while they load it. Under adapters only these are
+trained, and the frozen weights stay in bf16 or 4 bits. ZeRO computes in bf16 with fp32 masters; FSDP holds fp32 weights
+of what is trained and casts them to bf16 layer by layer, as Accelerate does. ZeRO-2 and ZeRO-3 are counted as
+DeepSpeed's own `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs` count them, plus
+what these leave out and DeepSpeed 0.19.8 allocates: one more bf16 value a parameter at stage 3, and in CPU memory under
+offload.
 """
 
-import difflib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -22,26 +21,14 @@ from rich.table import Table
 
 from .files import read_object
 from .paths import config_path
+from .plan_models import BF16, Shapes, shapes
+
+__all__ = ["Cluster", "Row", "Shapes", "first_fit", "rows", "shapes", "show"]
 
 GIB = 2**30
-BF16, FP32 = 2, 4
+FP32 = 4
 OPTIMIZER = 4 * FP32
 """Bytes a parameter of what the optimizer works on: master weight, gradient and two moments."""
-
-BUILT_IN: dict[str, tuple[str, dict[str, int]]] = {
-    "llama-7b": (
-        "LlamaForCausalLM",
-        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-         "num_attention_heads": 32},
-    ),
-    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}),
-    "roberta-base": (
-        "RobertaForMaskedLM",
-        {"vocab_size": 50265, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-         "num_attention_heads": 12, "max_position_embeddings": 514, "type_vocab_size": 1},
-    ),
-}  # fmt: skip
-"""Classes of transformers, and the sizes in their configs."""
 
 MOST_GPUS, MOST_MEMORY = 10**6, 10**6
 """More than anybody has."""
@@ -49,24 +36,12 @@ MOST_GPUS, MOST_MEMORY = 10**6, 10**6
 GLOBAL_BYTES, LAYER_BYTES = 16, 16
 """What AlphaAdam all-reduces a step: in all with scope="global", for each parameter tensor with scope="layer"."""
 
+WIDTH = 64
+"""Columns of a terminal in which the whole table has its place."""
+
 DEEPSPEED_ORDER = ("ZeRO-2", "ZeRO-3", "ZeRO-2, CPU offload", "ZeRO-3, CPU offload", "ZeRO-3, NVMe offload")
 FSDP_ORDER = ("HSDP", "FSDP2", "FSDP2, CPU offload")
 """The first that fits is recommended: what stays on the GPUs comes first, then what sends less, then less memory."""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The sizes of a model that a plan depends on, in elements; tied weights count once."""
-
-    name: str
-    total: int
-    tensors: int
-    largest: int
-    """Of the module with the most parameters of its own, the least that ZeRO-3 can gather."""
-    block: int
-    """Of the largest transformer block, what FSDP gathers at a time."""
-    rest: int
-    """Outside the blocks: FSDP keeps that gathered."""
 
 
 @dataclass(frozen=True)
@@ -129,68 +104,18 @@ class Cluster:
         return self.memory * (1 - self.headroom) * GIB
 
 
-def shapes(model: str) -> Shapes:
-    """Sizes of a built-in model, or of the one that a Hugging Face config describes; no weights are made or loaded.
-
-    Args:
-        model: a name of BUILT_IN, a local folder with a config.json, or a hub id.
-
-    Raises:
-        ValueError: there is no such config, or transformers cannot build a model from it.
-    """
-    import torch
-    import transformers
-
-    if model in BUILT_IN:
-        kind, sizes = BUILT_IN[model]
-        config = getattr(transformers, kind).config_class(**sizes)
-    else:
-        try:
-            config = transformers.AutoConfig.from_pretrained(model)
-        except Exception as error:  # a config.json of another shape fails in many ways
-            near = difflib.get_close_matches(model, BUILT_IN, n=1)
-            hint = f"did you mean {near[0]}? Otherwise give" if near else "give"
-            raise ValueError(
-                f"MODEL is {model}: {hint} {', '.join(BUILT_IN)}, a folder with a config.json, or a Hugging Face id. "
-                f"What went wrong: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from None
-        kind = str((config.architectures or [""])[0])
-    try:
-        with torch.device("meta"):
-            if hasattr(transformers, kind):
-                built = getattr(transformers, kind)._from_config(config)
-            else:
-                built = transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a class of transformers raises for sizes that do not fit together
-        raise ValueError(
-            f"MODEL is {model}: transformers cannot build a model from its config ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}); correct {Path(model) / 'config.json'}"
-        ) from None
-    numels = [param.numel() for param in built.parameters()]
-    # What Accelerate shards as units of their own.
-    units = [module for module in built.modules() if type(module).__name__ in (built._no_split_modules or ())]
-    blocks = [sum(param.numel() for param in module.parameters()) for module in units]
-    return Shapes(
-        name=model,
-        total=sum(numels),
-        tensors=len(numels),
-        largest=max(sum(param.numel() for param in module.parameters(recurse=False)) for module in built.modules()),
-        block=max(blocks, default=0),
-        rest=sum(numels) - sum(blocks),
-    )
-
-
 def rows(model: Shapes, cluster: Cluster) -> list[Row]:
     """Every way to shard this model over this cluster, DeepSpeed's first."""
     gpus, nodes = cluster.gpus, cluster.nodes
     inside = gpus // nodes
     counts = GLOBAL_BYTES if gpus > 1 else 0
-    weights, states = BF16 * model.total, OPTIMIZER * model.total
+    weights, states, frozen = BF16 * model.trained, OPTIMIZER * model.trained, model.frozen_bytes
     # A gradient is there in bf16 as backward leaves it, and in fp32 as the optimizer takes it.
     partition = (states + weights) / gpus
     # Under offload the bf16 copy is in CPU memory too: at stage 2 of the weights, at stage 3 of the gradients.
     offloaded = (states + weights) / nodes
-    reduced, gathered_twice = 2 * weights * _ring(gpus), 3 * weights * _ring(gpus)
+    gathered = 2 * (frozen + weights)  # for forward and for backward
+    reduced, gathered_twice = 2 * weights * _ring(gpus), (gathered + weights) * _ring(gpus)
 
     def zero(name: str, file: str, gpu: float, node: float = 0.0) -> Row:
         sent = gathered_twice if name.startswith("ZeRO-3") else reduced
@@ -199,23 +124,31 @@ def rows(model: Shapes, cluster: Cluster) -> list[Row]:
     def fsdp(name: str, file: str, gpu: float, node: float = 0.0, sent: float = gathered_twice) -> Row:
         return Row(name, f"accelerate_configs/{file}.yaml", gpu, node, sent, counts)
 
-    # A module's weights and their gradients under ZeRO-3; FSDP has the next block's weights there already.
-    layer = 2 * BF16 * model.largest
-    blocks = BF16 * (model.rest + 2 * model.block + max(model.rest, model.block))
     result = [
-        zero("ZeRO-0", "zero0", 2 * weights + states),
-        zero("ZeRO-1", "zero1", 2 * weights + states / gpus),
-        zero("ZeRO-2", "zero2", weights + partition),
-        zero("ZeRO-2, CPU offload", "zero2_offload", weights, offloaded),
-        zero("ZeRO-3", "zero3", layer + weights / gpus + partition),
-        zero("ZeRO-3, CPU offload", "zero3_offload", layer + weights / gpus, offloaded),
-        zero("ZeRO-3, NVMe offload", "zero3_nvme", layer + weights / gpus, offloaded),
-        fsdp("FSDP2", "fsdp2", blocks + states / gpus),
-        fsdp("FSDP2, CPU offload", "fsdp2_offload", blocks, states / nodes),
+        zero("ZeRO-0", "zero0", frozen + 2 * weights + states),
+        zero("ZeRO-1", "zero1", frozen + 2 * weights + states / gpus),
+        zero("ZeRO-2", "zero2", frozen + weights + partition),
+        zero("ZeRO-2, CPU offload", "zero2_offload", frozen + weights, offloaded),
+    ]
+    if model.four_bit:  # to be partitioned they would have to be stored as another dtype, which nothing here has tried
+        return result
+    # A module's weights and their gradients under ZeRO-3; FSDP has the next block's weights there already.
+    layer = BF16 * model.largest
+    blocks = BF16 * (model.rest + 2 * model.block)
+    if not model.frozen:
+        layer += BF16 * model.largest
+        blocks += BF16 * max(model.rest, model.block)
+    shard = (frozen + weights) / gpus
+    result += [
+        zero("ZeRO-3", "zero3", layer + shard + partition),
+        zero("ZeRO-3, CPU offload", "zero3_offload", layer + shard, offloaded),
+        zero("ZeRO-3, NVMe offload", "zero3_nvme", layer + shard, offloaded),
+        fsdp("FSDP2", "fsdp2", blocks + (frozen + states) / gpus),
+        fsdp("FSDP2, CPU offload", "fsdp2_offload", blocks, (frozen + states) / nodes),
     ]
     if nodes > 1:
-        sent = 3 * weights * _ring(inside) + 2 * weights / inside * _ring(nodes)
-        result.append(fsdp("HSDP", "fsdp2_hybrid", blocks + states / inside, sent=sent))
+        sent = (gathered + weights) * _ring(inside) + 2 * weights / inside * _ring(nodes)
+        result.append(fsdp("HSDP", "fsdp2_hybrid", blocks + (frozen + states) / inside, sent=sent))
     return result
 
 
@@ -238,24 +171,11 @@ def show(console: Console, model: Shapes, cluster: Cluster) -> bool:
     where = f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)} of {cluster.memory:g} GiB"
     if cluster.nodes > 1:
         where += f", {cluster.nodes} nodes"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        title=f"{escape(model.name)}, {model.total / 1e6:,.1f}M parameters, on {where}",
-        caption="GiB. CPU: of each node; under NVMe offload, disk. sent: by each GPU in a step of one micro-batch.\n"
-        "AlphaAdam: bytes that it adds, one all-reduce a step.",
-    )
-    for heading in ("sharding", "GPU", "CPU", "sent", "AlphaAdam", ""):
-        table.add_column(heading, justify="left" if heading in ("sharding", "") else "right", no_wrap=True)
-    for row in planned:
-        fits = "[green]fits[/green]" if row.gpu <= cluster.usable else "[red]too large[/red]"
-        table.add_row(
-            row.sharding, f"{row.gpu / GIB:.2f}", f"{row.node / GIB:.1f}" if row.node else "", f"{row.sent / GIB:.2f}",
-            str(row.counts), "[bold green]use this[/bold green]" if row in chosen else fits,
-        )  # fmt: skip
-    console.print(table)
+    trained = f", {model.trained / 1e6:,.1f}M of them trained" if model.frozen else ""
+    console.print(_table(
+        f"{escape(model.name)}, {model.total / 1e6:,.1f}M parameters{trained}, on {where}", planned, chosen, cluster,
+        whole=console.width >= WIDTH,
+    ))  # fmt: skip
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -270,12 +190,37 @@ def show(console: Console, model: Shapes, cluster: Cluster) -> bool:
         say(f"\n[bold]{choice.sharding}[/bold]")
         for reader, line in _commands(choice, model, cluster):
             say(f"  {reader}:\n    {escape(line)}")
+    if model.four_bit:
+        say("\nOnly shardings that leave weights whole are listed: those in 4 bits are not partitioned here.")
     if not any(chosen):
         say(
             f"\n[red]Nothing fits in {cluster.usable / GIB:.1f} GiB a GPU:[/red] give more --gpus, GPUs of more "
             "--memory, or less --headroom"
         )
     return any(chosen)
+
+
+def _table(title: str, planned: list[Row], chosen: list[Row | None], cluster: Cluster, *, whole: bool) -> Table:
+    """The rows; not ``whole``: without the columns that a narrow terminal has no place for."""
+    caption = "GiB on each GPU. A wider terminal shows CPU memory and network."
+    if whole:
+        caption = (
+            "GiB. CPU: of each node; under NVMe offload, disk. sent: by each GPU in a step of one micro-batch.\n"
+            "AlphaAdam: bytes that it adds, one all-reduce a step."
+        )
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title=title, caption=caption
+    )  # fmt: skip
+    for heading in ("sharding", "GPU", *(("CPU", "sent", "AlphaAdam") if whole else ()), ""):
+        table.add_column(heading, justify="left" if heading in ("sharding", "") else "right", no_wrap=True)
+    for row in planned:
+        fits = "[green]fits[/green]" if row.gpu <= cluster.usable else "[red]too large[/red]"
+        more = f"{row.node / GIB:.1f}" if row.node else "", f"{row.sent / GIB:.2f}", str(row.counts)
+        table.add_row(
+            row.sharding, f"{row.gpu / GIB:.2f}", *(more if whole else ()),
+            "[bold green]use this[/bold green]" if row in chosen else fits,
+        )  # fmt: skip
+    return table
 
 
 def _commands(row: Row, model: Shapes, cluster: Cluster) -> list[tuple[str, str]]:
@@ -289,7 +234,7 @@ def _commands(row: Row, model: Shapes, cluster: Cluster) -> list[tuple[str, str]
             words.append(f"--parallelism_config_dp_replicate_size {cluster.nodes}")
             words.append(f"--parallelism_config_dp_shard_size {cluster.gpus // cluster.nodes}")
         return [("HF Trainer or Accelerate", " ".join([*words, "train.py"]))]
-    start = f"{'HOSTFILE=hostfile' if many else f'GPUS={cluster.gpus}'} launch/deepspeed.sh train.py"
+    start = f"deepspeed {'--hostfile hostfile' if many else f'--num_gpus {cluster.gpus}'} --no_local_rank train.py"
     result = [("HF Trainer", f"{start} --deepspeed {_shown(row.config)}")]
     plain = [f"ds_configs/{model.name.replace('-', '_')}_{cluster.gpus}x{cluster.memory:g}gb.json",
              row.config.replace(".json", "_plain.json")]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import consistency, options
+from . import consistency, options, parameters
 from .kernels import consensus
 from .kernels.reference import squared_norms
 from .layout import Layout
@@ -52,6 +52,7 @@ class Step:
         run.layout = layout
         self._statistics.open(layout)
         self._done = "opened"
+        self._stepped = False  # a parameter of this rank
         self._held: list[tuple[dict[str, Any], LocalTensors]] | None = None
         every = self._options.verify_every
         if every and (self._statistics.opened - 1) % every == 0:
@@ -113,6 +114,7 @@ class Step:
         self._advance("update", "updated")
         optimizer, delayed = self._optimizer, self._options.sync == "delayed"
         held, self._held = self._local_tensors() if self._held is None else self._held, None
+        self._stepped = self._stepped or bool(held)
         scale = self._directed(self._statistics.clip_coefficient())
         for group, part in held:
             counts = self._kernels(part.params).update(
@@ -138,6 +140,7 @@ class Step:
         self._advance("close", "closed")
         if self._options.sync == "delayed":
             self._statistics.close()
+        parameters.note_gradients(self._optimizer, self._layout, self._stepped)
 
     def _advance(self, act: str, done: str) -> None:
         sync = self._options.sync

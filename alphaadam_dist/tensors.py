@@ -63,7 +63,7 @@ def _memory_of(tensor: Tensor) -> Tensor:
         raise ValueError(
             f"{kind.__module__}.{kind.__qualname__} of dtype {tensor.dtype} is a tensor subclass whose values lie in "
             "no one tensor of that shape and dtype, so that nobody can tell what a step makes of them. Train a plain "
-            "tensor and convert it after training, or leave the parameter out"
+            "tensor and convert it after training, freeze it (requires_grad=False), or leave the parameter out"
         )
     return local(whole[0])
 
@@ -75,7 +75,10 @@ def check_kind(name: str, param: Tensor, optimizer: str) -> None:
         raise ValueError(f"{what} has no shape yet: call the lazy module once before building the optimizer")
     if param.dtype not in DTYPES:
         served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{what} has dtype {param.dtype}: {optimizer} takes real floating point, {served}")
+        raise ValueError(
+            f"{what} has dtype {param.dtype}: {optimizer} takes real floating point, {served}. Freeze it "
+            "(requires_grad=False), leave it out, or convert it"
+        )
     if param.layout is not torch.strided or param.is_nested:
         layout = "nested" if param.is_nested else param.layout
         raise ValueError(f"{what} has layout {layout}: {optimizer} takes dense tensors, such as param.to_dense()")

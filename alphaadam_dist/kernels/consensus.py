@@ -60,7 +60,7 @@ def settle(layout: Layout, options: FamilyOptions, replicas: dist.ProcessGroup |
     layout.reference = told is not None and option is None and layout.numel >= kernels.SMALL
     if layout.reference and told is not None and lack is None:
         warnings.warn(
-            f"all ranks go on with slower kernels, in torch operations, as rank {told[0]} has no others: {told[1]}",
+            f"all ranks go on with {kernels.SLOWER}, as rank {told[0]} has no others: {told[1]}",
             stacklevel=2,
         )
 

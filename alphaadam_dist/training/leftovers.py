@@ -39,7 +39,7 @@ def clear(say: Callable[[str], None]) -> None:
     if not Path("/proc/self/fd").is_dir():
         return
     _clear_buffers()
-    for lock in _locks():
+    for lock in locks():
         _clear_lock(lock, say)
 
 
@@ -68,8 +68,8 @@ def _in_container(kind: str) -> bool:
         return True
 
 
-def _locks() -> Iterator[Path]:
-    """Locks in the folders where torch compiles DeepSpeed's operators."""
+def locks() -> Iterator[Path]:
+    """Locks that are there now in the folders where torch compiles DeepSpeed's operators."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given:
         roots = [Path(given)]

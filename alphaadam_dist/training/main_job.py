@@ -1,13 +1,14 @@
 """The main job: train with AlphaAdam, train with AdamW beside it, draw and report."""
 
 import shlex
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from alphaadam_dist.training import checkpoints, leftovers, metrics
+from alphaadam_dist.training import checkpoints, compilations, leftovers, metrics
 from alphaadam_dist.training.plots import plot_run
 from alphaadam_dist.training.progress import TrainingProgress
 from alphaadam_dist.training.run_folder import PICTURE_NAME
@@ -35,13 +36,17 @@ def train_one(console: Console, run: Path, optimizer: str, settings: Settings) -
     folder.mkdir(exist_ok=True)
     last = folder / f"checkpoint-{settings.steps}"
     line = command(run, optimizer, settings)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if not settings.fsdp:
-        leftovers.clear(partial(console.print, highlight=False, markup=False, soft_wrap=True))
+        leftovers.clear(say)
     console.print(f"[dim]{escape(shlex.join([Path(line[0]).name, *line[1:]]))}[/dim]", highlight=False, soft_wrap=True)
     log = folder / metrics.FILE_NAME
     # The ranks do the same, but only after a start-up in which the bar would show the steps that were lost.
     metrics.truncate(log, step)
-    with TrainingProgress(console, OPTIMIZERS[optimizer], log, settings.steps) as progress:
+    with (
+        TrainingProgress(console, OPTIMIZERS[optimizer], log, settings.steps) as progress,
+        nullcontext() if settings.fsdp else compilations.announced(say),
+    ):
         launch(line, folder, settings, progress.update)
     if not checkpoints.is_marked(last):  # DeepSpeed's launcher says nothing where its own helper was killed
         raise LaunchError(f"training in {folder} ended before step {settings.steps}: --resume goes on")
@@ -52,7 +57,8 @@ def report(console: Console, run: Path, settings: Settings, optimizers: list[str
     logs = {OPTIMIZERS[optimizer]: metrics.read(run / optimizer / metrics.FILE_NAME) for optimizer in optimizers}
     picture = run / PICTURE_NAME
     ranks = f"{settings.gpus} rank{'s' if settings.gpus > 1 else ''}"
-    plot_run(logs, f"{settings.model} on {settings.data}, {settings.sharding} on {ranks}", picture)
+    where = f"{settings.model} on {settings.data}, {settings.sharding} on {ranks}"
+    plot_run(logs, f"{where}, lr {settings.lr:g}, seed {settings.seed}", picture)
     console.print()
     print_losses(console, logs)
     console.rule(f"what the model trained with {OPTIMIZERS[optimizers[0]]} writes")

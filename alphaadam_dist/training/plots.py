@@ -71,14 +71,15 @@ def _draw_losses(axes: Axes, logs: dict[str, list[Entry]], title: str) -> None:
                 label=f"{name}, held out",
             )  # fmt: skip
             final.append((held_out[-1], name))
-    # The lower curve gets its number below, the other above, so that close finishes stay readable.
+    # Right of the curves; the lower one gets its number lower, the other higher, so that close finishes stay readable.
     for rank, ((step, loss), name) in enumerate(sorted(final)):
         axes.annotate(
-            f"{loss:.3f}", (step, loss), xytext=(0, -15 if rank == 0 else 9), textcoords="offset points",
-            ha="center", color=_COLORS[name], fontweight="bold",
+            f"{loss:.3f}", (step, loss), xytext=(8, -5 if rank == 0 else 5), textcoords="offset points",
+            va="center", color=_COLORS[name], fontweight="bold",
         )  # fmt: skip
     axes.set(title=title, xlabel="step")
     axes.margins(x=0.04)
+    axes.set_xlim(right=axes.get_xlim()[1] + 0.06 * (axes.get_xlim()[1] - axes.get_xlim()[0]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")
 

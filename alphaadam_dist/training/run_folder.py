@@ -2,8 +2,9 @@
 
 import fcntl
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alphaadam_dist.files import sentence
@@ -20,9 +21,11 @@ _LOCK_NAME = ".lock"
 def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Path]:
     """Yield the folder to train in, locked while the context lasts.
 
-    Without `out` runs are numbered: `runs/train-1`, `runs/train-2` and so on, and `resume` takes the newest.
+    Without `out` runs are numbered: `runs/train-1`, `runs/train-2` and so on, and `resume` takes the newest, or starts
+    the first. A start that fails before anything was trained or logged leaves no folder.
 
-    Raises ValueError where the folder is another program's, is in use, or cannot be made or written to.
+    Raises ValueError where the folder is another program's, is in use, or cannot be made or written to, or where
+    `resume` finds no run in `out`.
     """
     run = out or _numbered(resume)
     with _naming_out(run):
@@ -31,6 +34,8 @@ def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Pat
             raise ValueError(
                 f"--out {run} is not empty: add --resume to go on with the run in it, or choose another --out"
             )
+        if resume and out is not None and not used:
+            raise _nothing_to_resume(run)
         if used and not (run / FILE_NAME).exists():
             raise ValueError(f"--out {run} has {used[0]} and no {FILE_NAME}, so it is no run: choose another --out")
         if used:
@@ -48,10 +53,12 @@ def open_optimizer_folder(run: Path, optimizer: str, resume: bool, settings: Sav
     """Yield RUN/OPTIMIZER to train in, locked while the context lasts.
 
     The other optimizer's folder may be there already. The second optimizer is refused where its settings are not those
-    of the first. Raises ValueError as `open_run`.
+    of the first. A start that fails leaves nothing, and raises ValueError, as in `open_run`.
     """
     folder = run / optimizer
     with _naming_out(run):
+        if resume and not any(_used(each) for each in (run, folder)):
+            raise _nothing_to_resume(run)
         if (folder / metrics.FILE_NAME).exists() and not resume:
             raise ValueError(f"{folder} has a training already: add --resume to go on with it, or choose another --out")
         if (run / FILE_NAME).exists():
@@ -71,6 +78,8 @@ def open_optimizer_folder(run: Path, optimizer: str, resume: bool, settings: Sav
 @contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
     with _naming_out(out):
+        new = [path for path in (out, *out.parents) if not path.exists()]
+        fresh = not any(_used(path) for path in (out, folder))
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / _LOCK_NAME, "a")  # noqa: SIM115  (it stays open as long as the training lasts)
     with lock:
@@ -81,7 +90,28 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
                 raise ValueError(
                     f"a training is still running in {folder}: wait for it, or choose another --out"
                 ) from None
-        yield
+        try:
+            yield
+        except BaseException:
+            if fresh:
+                _remove_start(out, new)
+            raise
+
+
+def _remove_start(out: Path, new: list[Path]) -> None:
+    """Remove what a failed start has made, `new` folders among it, unless there is more: a log or results."""
+    more = (path for path in out.rglob("*") if path.is_file() and path.stat().st_size and path.name != FILE_NAME)
+    with suppress(OSError):  # it is the error before this one that counts
+        if any(more):
+            return
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in new:
+            path.rmdir()
+
+
+def _nothing_to_resume(run: Path) -> ValueError:
+    return ValueError(f"--out {run} has no run to go on with: check the path, or leave out --resume to start one there")
 
 
 @contextmanager

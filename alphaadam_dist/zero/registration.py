@@ -1,10 +1,11 @@
 """Makes deepspeed.initialize take our optimizers, from its JSON or as client objects, without importing DeepSpeed.
 
-``register`` runs at ``import alphaadam_dist``. It names each optimizer under torch.optim, where DeepSpeed looks up the
-type in a JSON config, and as soon as DeepSpeed's engine is imported, by whomever, it wraps three methods of it: one
-builds the optimizer named in the JSON, one refuses what is not served before DeepSpeed wraps anything around the
-optimizer, and one attaches to that wrapper once it stands. Whatever DeepSpeed is or lacks, neither import fails by
-this; what it lacks is an error where an optimizer meets an engine.
+``register`` runs when an optimizer of the package is first asked for, or else when DeepSpeed's engine is imported. It
+names each optimizer under torch.optim, where DeepSpeed looks up the type in a JSON config, and as soon as DeepSpeed's
+engine is imported, by whomever, it wraps three methods of it: one builds the optimizer named in the JSON, one refuses
+what is not served before DeepSpeed wraps anything around the optimizer, and one attaches to that wrapper once it
+stands. Whatever DeepSpeed is or lacks, neither import fails by this; what it lacks is an error where an optimizer meets
+an engine.
 """
 
 import functools
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 
+from ..import_hook import DEEPSPEED_ENGINE as ENGINE
 from ..import_hook import when_imported
 from ..optimizer import AlphaOptimizer
 from . import versions
 
-ENGINE = "deepspeed.runtime.engine"
 METHODS = ("_configure_basic_optimizer", "_do_optimizer_sanity_check", "_configure_optimizer")
 
 ATTACHES = "alphaadam_attaches"

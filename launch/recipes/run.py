@@ -19,7 +19,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from alphaadam_dist.training import leftovers, metrics, reasons
+from alphaadam_dist.training import compilations, leftovers, metrics, reasons
 from alphaadam_dist.training.rank import leave, sigterm_asks
 from alphaadam_dist.training.run_folder import PICTURE_NAME, open_optimizer_folder
 from alphaadam_dist.training.settings import (
@@ -257,12 +257,16 @@ def command(kind: type[R], main: Callable[[R, Training], None]) -> typer.Typer:
             os.environ.update(_rank_variables())
             first = os.environ["RANK"] == "0"
             recipe = kind(**values)
+            says = os.environ.get("LOCAL_RANK", "0") == "0"  # what concerns its machine
             if recipe.deepspeed is not None:
-                leftovers.clear(console.print if os.environ.get("LOCAL_RANK", "0") == "0" else lambda _: None)
+                leftovers.clear(console.print if says else lambda _: None)
+            compiling = (
+                compilations.announced(console.print) if says and recipe.deepspeed is not None else nullcontext()
+            )
             opened = (
                 open_optimizer_folder(recipe.out, recipe.optimizer, recipe.resume, recipe) if first else nullcontext()
             )
-            with opened, sigterm_asks() as asked_to_stop:
+            with opened, compiling, sigterm_asks() as asked_to_stop:
                 if not joined:
                     tie(asked_to_stop)
                 main(recipe, Training(recipe, console, first, asked_to_stop))

@@ -72,9 +72,7 @@ def test_where_one_rank_has_none_all_take_the_reference(
     assert threads.run(4, taken, regime) == [["reference"] * 3] * 4
     assert set(said) == {0, 1, 3}, "its own reason is in its own warning, which is patched away here"
     for messages in said.values():
-        assert messages == [
-            f"all ranks go on with slower kernels, in torch operations, as rank 2 has no others: {NO_COMPILER}"
-        ]
+        assert messages == [f"all ranks go on with {kernels.SLOWER}, as rank 2 has no others: {NO_COMPILER}"]
 
 
 @pytest.mark.parametrize("regime", REGIMES)

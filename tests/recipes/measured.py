@@ -37,6 +37,14 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+def with_adapters() -> nn.Module:
+    """That Llama frozen in bf16, under LoRA of rank 8 on its linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)
+    return get_peft_model(llama().to(torch.bfloat16), config, autocast_adapter_dtype=True)
+
+
 def _watched(optimizer: Any, before: dict[int, int]) -> list[int]:
     """What is alive beyond ``before`` whenever the optimizer begins a step: filled as it steps."""
     seen: list[int] = []
@@ -55,7 +63,7 @@ def _steps(model: Any, backward: Callable[[Tensor], Any], step: Callable[[], Any
         step()
 
 
-def under_zero(stage: int, offload: bool) -> int:
+def under_zero(stage: int, offload: bool, make: Callable[[], nn.Module] = llama) -> int:
     """The most bytes alive at the beginning of the second step, whose moments exist."""
     gc.collect()
     before = storages()
@@ -71,8 +79,9 @@ def under_zero(stage: int, offload: bool) -> int:
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         config["zero_force_ds_cpu_optimizer"] = False
-    model = llama()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    model = make()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
     seen = _watched(engine.basic_optimizer, before)
     _steps(engine, engine.backward, engine.step)
     engine.destroy()
@@ -99,9 +108,10 @@ def under_fsdp2() -> int:
     return seen[-1]
 
 
-def all_of_it() -> dict[str, int]:
+def all_of_it(adapters: bool = False) -> dict[str, int]:
     """By the names that the plan has for them."""
-    result = {"FSDP2": under_fsdp2()}
+    make = with_adapters if adapters else llama
+    result = {} if adapters else {"FSDP2": under_fsdp2()}  # FSDP2 takes no module of two dtypes
     for stage, offload in ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True)):
-        result[f"ZeRO-{stage}{', CPU offload' if offload else ''}"] = under_zero(stage, offload)
+        result[f"ZeRO-{stage}{', CPU offload' if offload else ''}"] = under_zero(stage, offload, make)
     return result

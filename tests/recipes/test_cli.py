@@ -1,11 +1,14 @@
 """The command line as a person meets it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from alphaadam_dist import __version__, cli
 from alphaadam_dist.cli import app
 
 
@@ -25,6 +28,68 @@ def test_convert_shows_both_commands():
     result = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
     assert "python -m deepspeed.checkpoint.ds_to_universal --input_folder" in result.output
     assert "alphaadam convert ck/universal ck/dcp" in result.output
+
+
+LIGHT = """
+import sys
+from alphaadam_dist.cli import app
+for arguments in (["--help"], ["train", "--help"], ["plan", "--help"], ["--version"]):
+    app(arguments, standalone_mode=False)
+print("imported:", {"torch", "numpy", "transformers", "matplotlib", "deepspeed"} & set(sys.modules))
+"""
+
+
+def test_help_and_version_import_nothing_heavy():
+    """That is what makes them answer at once."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("imported: set()\n"), done.stdout[-200:] + done.stderr
+
+
+def test_the_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"alphaadam-dist {__version__}\n")
+
+
+@pytest.mark.parametrize(("more", "extras"), [([], "deepspeed,hf"), (["--fsdp"], "hf")])
+def test_train_without_its_packages_says_what_it_needs(
+    more: list[str], extras: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("datasets", "matplotlib") else sys)
+    result = _run(*more)
+    assert result.exit_code == 1
+    said = f"not installed: datasets, matplotlib; training needs pip install 'alphaadam-dist[{extras}]'"
+    assert said in result.output
+    assert not any(tmp_path.iterdir())
+
+
+def test_bench_outside_of_the_repository_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    result = CliRunner().invoke(app, ["bench"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code == 1
+    assert "is not in the wheel: `git clone https://github.com/" in result.output
+    assert "make bench" in result.output
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("alphaadam_dist.training.start_ranks.shutil.which", lambda *_, **__: None)
+    for out in ([], ["--out", "some/where"]):
+        result = _run(*out)
+        assert "the deepspeed launcher is not installed; training needs pip install" in result.output
+        assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_resuming_where_no_run_is_is_refused(made: bool, tmp_path: Path):
+    out = tmp_path / "typo"
+    if made:
+        out.mkdir()
+    result = _run("--resume", "--out", str(out))
+    assert result.exit_code == 1
+    assert f"--out {out} has no run to go on with: check the path, or leave out --resume" in result.output
+    assert out.exists() == made
 
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from alphaadam_dist import __version__
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +50,49 @@ def test_named_files_and_links_lead_somewhere(document: Path):
         target = (document.parent / path).resolve() if path else document
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+REPOSITORY = re.findall(r'^Homepage = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[0]
+OF_THE_REPOSITORY = re.compile(
+    re.escape(REPOSITORY).replace("github", "(?:github|raw.githubusercontent)", 1)
+    + r"/(?:(?:blob|tree)/)?main/([^)\s\"#]+)(?:#([^)\s]+))?"
+)
+
+
+def test_the_readme_can_be_read_on_a_package_index():
+    """There only whole addresses lead somewhere. Those of this repository lead to files that are in it."""
+    text = (ROOT / "README.md").read_text()
+    assert not [path for path, _ in LINK.findall(text) if path]
+    used, defined = (
+        set(re.findall(r"\]\[([^\]]+)\]", text)),
+        set(re.findall(r"^\[([^\]]+)\]: http", text, flags=re.MULTILINE)),
+    )
+    assert used == defined
+    assert len(re.findall(r"!\[[^\]]*\]\(https://raw\.githubusercontent\.com/", text)) == text.count("![") > 0
+    found = OF_THE_REPOSITORY.findall(text + (ROOT / "pyproject.toml").read_text())
+    assert len(found) > 15
+    for path, anchor in found:
+        assert (ROOT / path).exists(), path
+        assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
+
+
+def test_the_readme_begins_with_what_it_is_for_and_how_to_install_it():
+    text = (ROOT / "README.md").read_text()
+    assert text.index("It is for people") < text.index("pip install alphaadam-dist") < text.index("## ")
+    for word in ("evidence", "agreement", "scope"):
+        assert text.index(f"*{word}*") == text.index(word) - 1, f"{word} is used before it is explained"
+
+
+def test_the_workflow_runs_what_is_run_anywhere_and_builds_the_wheel():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    run = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert ".ci/run" in run
+    assert any("pip wheel" in line for line in run)
+
+
+def test_the_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"], citation["repository-code"]) == (__version__, "MIT", REPOSITORY)
 
 
 def test_the_readme_stays_short():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from alphaadam_dist.training import leftovers, main_job
+from alphaadam_dist.training import compilations, leftovers, main_job
 from alphaadam_dist.training.start_ranks import LaunchError
 from recipes.run import Epochs, Lr, Out, Recipe, Training, WeightDecay, command
 from tests.recipes.test_run_folder import SETTINGS
@@ -205,3 +206,38 @@ def test_the_recipes_clear_before_they_train(lock: Path, tmp_path: Path, monkeyp
     assert result.exit_code == 0, result.output
     assert there == [False]
     assert "Removed" in result.output
+
+
+# ---- compilations
+
+
+def announced(lock: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(compilations, "_LOOK_SECONDS", 0.01)
+    said: list[str] = []
+    with compilations.announced(said.append):
+        time.sleep(0.3)
+    return said
+
+
+def test_the_first_compilation_is_announced_once(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (said,) = announced(lock, monkeypatch)
+    assert said.startswith("DeepSpeed compiles its operator deepspeed_shm_comm, once on this machine")
+
+
+def test_no_compilation_is_announced_where_the_operator_is_there(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (lock.parent / "deepspeed_shm_comm.so").touch()
+    assert announced(lock, monkeypatch) == []
+    lock.unlink()
+    (lock.parent / "deepspeed_shm_comm.so").unlink()
+    assert announced(lock, monkeypatch) == []
+
+
+def test_the_main_job_announces_it(lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilations, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(leftovers, "clear", lambda say: None)
+    monkeypatch.setattr(main_job, "launch", lambda *_: time.sleep(0.3))
+    console = Console(record=True, width=200)
+    for settings in (SETTINGS, replace(SETTINGS, zero=None, fsdp=True)):
+        with pytest.raises(LaunchError):  # nothing was trained
+            main_job.train_one(console, tmp_path, "alphaadam", settings)
+    assert console.export_text().count("DeepSpeed compiles its operator deepspeed_shm_comm") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from alphaadam_dist import plan
 from alphaadam_dist.cli import app
+from alphaadam_dist.plan_models import BUILT_IN, FOUR_BITS
 from tests.models import tiny_llama
 from tests.ranks import Ranks
 from tests.recipes import measured
@@ -25,6 +27,21 @@ def run(*arguments: str) -> Result:
 
 def planned(model: plan.Shapes, gpus: int, per_node: int = 8) -> dict[str, plan.Row]:
     return {row.sharding: row for row in plan.rows(model, plan.Cluster(gpus, per_node, 80, 0.4))}
+
+
+PUBLISHED = {
+    "llama-7b": 6_738_415_616, "llama-3-1b": 1_235_814_400, "llama-3-3b": 3_212_749_824, "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496, "mistral-7b": 7_241_732_096, "mistral-nemo-12b": 12_247_782_400,
+    "mistral-small-24b": 23_572_403_200, "qwen2.5-7b": 7_615_616_512, "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264, "gpt2": 124_439_808, "roberta-base": 124_697_433,
+}  # fmt: skip
+"""Parameters that the models' pages on the hub give."""
+
+
+@pytest.mark.slow
+def test_every_built_in_model_has_its_published_size():
+    assert {name: plan.shapes(name).total for name in BUILT_IN} == PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -85,6 +102,68 @@ def test_memory_is_what_is_allocated(ranks2: Ranks):
             assert size == pytest.approx(expected, rel=1e-3), sharding
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """The folder of the Llama that is measured."""
+    measured.llama().config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.slow
+def test_memory_under_adapters_is_what_is_allocated(ranks2: Ranks, small: str):
+    model = plan.shapes(small, adapters=8)
+    adapted = list(measured.with_adapters().parameters())
+    assert model.total == sum(param.numel() for param in adapted)
+    assert (model.trained, model.tensors) == (
+        sum(param.numel() for param in adapted if param.requires_grad), sum(param.requires_grad for param in adapted)
+    )  # fmt: skip
+    rows = planned(model, 2)
+    weights, layer = 2 * model.trained, 2 * model.largest
+    gone = {"ZeRO-1": weights, "ZeRO-2": weights / 2, "ZeRO-3": layer, "ZeRO-3, CPU offload": layer}
+    for found in ranks2.run(measured.all_of_it, adapters=True):
+        assert len(found) == 6
+        for sharding, size in found.items():
+            expected = rows[sharding].gpu + rows[sharding].node / 2 - gone.get(sharding, 0)
+            assert size == pytest.approx(expected, rel=2e-2), sharding  # buffers are no longer small beside it
+
+
+def test_four_bits_are_counted_on_the_linear_layers_and_partitioned_nowhere(small: str):
+    lora, qlora = plan.shapes(small, adapters=8), plan.shapes(small, adapters=8, four_bit=True)
+    linear = 2 * (4 * 128 * 128 + 3 * 128 * 352)
+    assert lora.frozen_bytes - qlora.frozen_bytes == (2 - FOUR_BITS) * linear
+    assert lora.frozen_bytes == 2 * lora.frozen
+    assert [row.sharding for row in plan.rows(qlora, plan.Cluster(2, 8, 80, 0.4))] == [
+        "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-2, CPU offload",
+    ]  # fmt: skip
+    whole = planned(lora, 2)["ZeRO-2"].gpu - planned(qlora, 2)["ZeRO-2"].gpu
+    assert whole == lora.frozen_bytes - qlora.frozen_bytes
+
+
+def test_lora_and_qlora_on_the_command_line(small: str):
+    for option, kind in (("--lora", "LoRA"), ("--qlora", "QLoRA")):
+        result = run(small, option, "8", "--gpus", "2", "--memory", "1")
+        assert result.exit_code == 0, result.output
+        assert f"under {kind} of rank 8" in result.output
+        assert ("are not partitioned here" in result.output) == (kind == "QLoRA")
+
+
+def test_forty_columns_are_enough(small: str):
+    options = ["plan", small, "--gpus", "8", "--memory", "1"]
+    result = CliRunner().invoke(app, options, env={"COLUMNS": "40", "NO_COLOR": "1", "TERM": "dumb"})
+    lines = result.output.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("sharding")) :]
+    table = table[: next(i for i, line in enumerate(table) if "GiB on each" in line)]
+    assert all(len(line) <= 40 for line in table)
+    assert "…" not in result.output
+    assert (
+        sum(
+            line.startswith("ZeRO-3, NVMe offload ") and line.rstrip().endswith(("fits", "large", "this"))
+            for line in table
+        )
+        == 1
+    )
+
+
 @pytest.mark.slow
 def test_alphaadams_share_is_what_it_sends(ranks2: Ranks):
     for options, size in (({}, plan.GLOBAL_BYTES), ({"scope": "layer"}, plan.LAYER_BYTES * 5)):
@@ -99,10 +178,25 @@ def test_alphaadams_share_is_what_it_sends(ranks2: Ranks):
 def test_the_recommended_command_for_llama_7b():
     result = run("llama-7b", "--gpus", "16", "--memory", "40")
     assert result.exit_code == 0
-    assert "HOSTFILE=hostfile launch/deepspeed.sh train.py --deepspeed ds_configs/zero2.json" in result.output
+    start = "deepspeed --hostfile hostfile --no_local_rank train.py"
+    assert f"{start} --deepspeed ds_configs/zero2.json" in result.output
     assert "--deepspeed_config ds_configs/llama_7b_16x40gb.json" in result.output
     assert "--config_file accelerate_configs/fsdp2_hybrid.yaml --num_processes 16" in result.output
     assert "4,656 bytes, 16 for each of 291 tensors" in result.output
+
+
+def test_in_a_wheel_the_commands_name_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The configs lie in the package there, and nothing of launch/ does."""
+    package = tmp_path / "site-packages" / "alphaadam_dist"
+    shutil.copytree(Path(plan.__file__).parents[1] / "ds_configs", package / "ds_configs")
+    shutil.copytree(Path(plan.__file__).parents[1] / "accelerate_configs", package / "accelerate_configs")
+    monkeypatch.setattr("alphaadam_dist.paths.__file__", str(package / "paths.py"))
+    for arguments in (["--gpus", "16", "--memory", "40"], ["--gpus", "8"], ["--gpus", "2", "--memory", "40"]):
+        output = run("llama-7b", *arguments).output
+        assert "launch/" not in output
+        named = re.findall(r"(?:--deepspeed|--deepspeed_config|--config_file) (\S+)", output)
+        assert len(named) >= 2
+        assert all(Path(name).is_file() and package in Path(name).parents for name in named), named
 
 
 def test_every_file_that_can_be_recommended_exists():
@@ -147,6 +241,8 @@ def test_where_nothing_fits_the_exit_code_says_so():
         (["--gpus", "8000000000"], ["--gpus", "8000000000", "1,000,000 or less"]),
         (["--headroom", "1"], ["--headroom", "1", "below 1"]),
         (["--gpu", "8"], ["--gpu", "--gpus"]),
+        (["--lora", "0"], ["--lora", "0", "from 1 to"]),
+        (["--lora", "8", "--qlora", "8"], ["--lora 8", "--qlora 8", "one of them"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_fix(arguments: list[str], parts: list[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -130,20 +131,110 @@ def quantized() -> Tensor:
         (lambda: torch.ones(3).to_mkldnn(), r"layout torch\._mkldnn"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), r"layout nested"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), r"layout"),
-        (quantized, r"dtype torch\.qint8: AlphaAdam takes real floating point, float32"),
+        (lambda: torch.ones(3, dtype=torch.cfloat), r"dtype torch\.complex64: AlphaAdam takes real .*Freeze it"),
         (lambda: torch.ones(3, dtype=torch.float8_e4m3fn), r"dtype torch\.float8_e4m3fn: .*bfloat16, float16"),
         (lambda: nn.UninitializedParameter(), r"no shape yet: call the lazy module once"),
         (lambda: torch._neg_view(torch.ones(3)), r"lazy negation.*resolve_neg"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_stepped_is_refused_by_name(make: Any, message: str) -> None:
+    def trainable() -> Any:
+        made = make()
+        return made if made.requires_grad else made.requires_grad_()
+
     with pytest.raises(ValueError, match=f"^parameter 'embedding'.*{message}"):
-        AlphaAdam([("embedding", make())])
+        AlphaAdam([("embedding", trainable())])
     optimizer = AlphaAdam([("a", nn.Parameter(torch.ones(2)))])
     with pytest.raises(ValueError, match=r"^parameter 'embedding'"):
-        optimizer.add_param_group({"params": [("embedding", make())]})
+        optimizer.add_param_group({"params": [("embedding", trainable())]})
     step_with(optimizer, [torch.ones(2)])
     assert memory_of(optimizer)[0] == 1.0
+
+
+# ---- frozen parameters
+
+
+FROZEN = {
+    "4 bits, packed": lambda: torch.ones(3, dtype=torch.uint8),
+    "int8": lambda: torch.ones(3, dtype=torch.int8),
+    "float8": lambda: torch.ones(3, dtype=torch.float8_e4m3fn),
+    "quantised": quantized,
+    "of no one memory": lambda: TwoTensor(torch.ones(3), torch.ones(3)),
+    "sparse": lambda: torch.ones(3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"scope": "layer"}, {"clip_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
+def test_a_frozen_parameter_of_any_kind_changes_nothing(make: Any, options: dict[str, Any]) -> None:
+    """As AdamW takes it: a base model in 4 bits under adapters, all of it given to the optimizer."""
+    ended = []
+    for frozen in ([], [("base", nn.Parameter(make(), requires_grad=False))]):
+        adapter = nn.Parameter(torch.ones(4))
+        optimizer = AlphaAdam([*frozen, ("adapter", adapter)], **options)
+        for step in range(4):
+            grad = torch.randn(4, generator=torch.Generator().manual_seed(step))
+            step_with(optimizer, [None] * len(frozen) + [grad])
+        assert list(optimizer.state) == [adapter]
+        optimizer.load_state_dict(optimizer.state_dict())
+        ended.append((optimizer.metrics(), optimizer.alpha, adapter.tolist()))
+    assert ended[0] == ended[1]
+
+
+def test_a_frozen_parameter_that_is_trained_later_is_refused_by_name() -> None:
+    frozen = nn.Parameter(torch.ones(3, dtype=torch.float8_e4m3fn), requires_grad=False)
+    optimizer = AlphaAdam([("a", nn.Parameter(torch.ones(2))), ("late", frozen)])
+    step_with(optimizer, [torch.ones(2), None])
+    frozen.requires_grad_()
+    with pytest.raises(ValueError, match=r"^parameter 'late' has dtype torch\.float8_e4m3fn: .*Freeze it"):
+        step_with(optimizer, [torch.ones(2), None])
+
+
+# ---- an optimizer of which nothing is trained
+
+
+def idle(count: int, *, frozen: bool = False, first: bool = False, **options: Any) -> list[str]:
+    """What an optimizer warns of in so many steps without a gradient, after one with a gradient if ``first``."""
+    param = nn.Parameter(torch.ones(2), requires_grad=not frozen)
+    optimizer = AlphaAdam([("a", param)], **options)
+    if first:
+        step_with(optimizer, [torch.ones(2)])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            step_with(optimizer, [None])
+    return [str(one.message) for one in told]
+
+
+@pytest.mark.parametrize("options", [{}, {"sync": "delayed"}], ids=str)
+@pytest.mark.parametrize(("frozen", "why"), [(True, "all of them are frozen"), (False, "1 are trainable, but no back")])
+def test_an_optimizer_that_never_gets_a_gradient_says_so_once(frozen: bool, why: str, options: dict[str, Any]) -> None:
+    (told,) = idle(10, frozen=frozen, **options)
+    assert "this AlphaAdam trains nothing: none of its 1 parameters has had a gradient in 3 steps" in told
+    assert why in told
+    assert "peft_config=" in told
+
+
+def test_a_pause_is_not_told() -> None:
+    assert idle(2) == []
+    assert idle(10, first=True) == []
+
+
+def idle_stage(everywhere: bool) -> list[str]:
+    """On rank 0 nothing is trained; on rank 1 something is, unless ``everywhere``. One model over a group."""
+    rank = dist.get_rank()
+    optimizer = AlphaAdam([(f"stage{rank}", nn.Parameter(torch.ones(2)))], process_group=dist.group.WORLD,
+                          sharding="sharded")  # fmt: skip
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            step_with(optimizer, [None if everywhere or rank == 0 else torch.ones(2)])
+    return [str(one.message) for one in told if "trains nothing" in str(one.message)]
+
+
+def test_a_frozen_stage_of_a_model_that_is_trained_is_not_told() -> None:
+    assert threads.run(2, idle_stage, False) == [[], []]
+    assert sum(len(told) for told in threads.run(2, idle_stage, True)) > 0
 
 
 def test_a_subclass_that_comes_later_is_refused_too() -> None:

@@ -28,10 +28,13 @@ BROKEN = """
 import sys
 from pathlib import Path
 
-import alphaadam_dist, torch
+import alphaadam_dist
+heavy = {"torch", "deepspeed", "transformers", "triton", "accelerate"} & set(sys.modules)
+assert not heavy, heavy
+import torch
+assert alphaadam_dist.AlphaAdam is torch.optim.AlphaAdam
 heavy = {"deepspeed", "transformers", "triton", "accelerate"} & set(sys.modules)
 assert not heavy, heavy
-assert torch.optim.AlphaAdam is alphaadam_dist.AlphaAdam
 
 def attempt(what):
     for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
@@ -125,7 +128,24 @@ print(type(engine.basic_optimizer).__name__, engine.basic_optimizer.agreement["a
 
 @pytest.mark.slow
 def test_deepspeed_may_be_imported_later() -> None:
+    """By somebody who names no optimizer of ours, but in the JSON."""
     assert run(AFTER).splitlines()[-1] == "AlphaAdam 12"
+
+
+NAMES = """
+import sys
+import alphaadam_dist
+assert {"AlphaAdam", "AlphaLion", "AlphaSGD", "__version__"} <= set(dir(alphaadam_dist))
+assert not hasattr(alphaadam_dist, "AlphaAdm")
+assert "torch" not in sys.modules
+from alphaadam_dist import *
+print(AlphaAdam.__name__, AlphaLion.__name__, AlphaSGD.__name__)
+"""
+
+
+@pytest.mark.slow
+def test_the_optimizers_are_loaded_when_they_are_asked_for() -> None:
+    assert run(NAMES) == "AlphaAdam AlphaLion AlphaSGD\n"
 
 
 def fake(**methods: Any) -> Any:
