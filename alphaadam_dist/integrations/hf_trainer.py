@@ -34,6 +34,11 @@ def register(*kinds: type[AlphaOptimizer]) -> None:
     when_imported(TRAINER, _wrap)
 
 
+def names() -> tuple[str, ...]:
+    """What ``optim`` and ALPHAADAM_OPTIM may be."""
+    return tuple(_kinds)
+
+
 def asked_for(args: Any) -> type[AlphaOptimizer] | None:
     """The optimizer class that the environment or else the TrainingArguments name; None where it is not one of ours.
 
@@ -42,10 +47,14 @@ def asked_for(args: Any) -> type[AlphaOptimizer] | None:
     """
     name = os.environ.get(VARIABLE)
     if not name:
-        return _kinds.get(getattr(args.optim, "value", args.optim))
+        return _kinds.get(_named(args))
     if name.lower() not in _kinds:
-        raise ValueError(f"{VARIABLE}={name!r} is unknown: give {', '.join(_kinds)}, or unset it")
+        raise ValueError(f"{VARIABLE}={name!r} is unknown: give {', '.join(names())}, or unset it")
     return _kinds[name.lower()]
+
+
+def _named(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def options_of(kind: type[AlphaOptimizer], args: Any) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def _callback(base: type) -> type:
             if kind is not None and not isinstance(find_alpha_optimizer(optimizer), kind):
                 while hasattr(optimizer, "optimizer"):
                     optimizer = optimizer.optimizer
-                asked = f"{VARIABLE}={os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else f"optim={args.optim}"
+                asked = f"{VARIABLE}={os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else f"optim={_named(args)}"
                 raise ValueError(
                     f"{asked} asks for {kind.__name__}, but {type(optimizer).__name__} would train: the DeepSpeed "
                     f'config, the script or the tool brings it. Write "optimizer": {{"type": "{kind.__name__}", ...}} '
