@@ -12,5 +12,11 @@ from .zero import register
 __version__ = "0.1.0"
 __all__ = ["AlphaAdam", "AlphaLion", "AlphaSGD"]
 
-register(AlphaAdam, AlphaLion, AlphaSGD)
-hf_trainer.register(AlphaAdam, AlphaLion, AlphaSGD)
+
+def _register() -> None:
+    """Register with the tools that are imported or will be. Again and again changes nothing more."""
+    register(AlphaAdam, AlphaLion, AlphaSGD)
+    hf_trainer.register(AlphaAdam, AlphaLion, AlphaSGD)
+
+
+_register()

@@ -126,6 +126,8 @@ def _wrap(trainer: ModuleType) -> None:
     if not missing and not hasattr(trainer.Trainer, "get_optimizer_cls_and_kwargs"):
         missing = ["Trainer.get_optimizer_cls_and_kwargs"]
     if missing:
+        if getattr(trainer.__spec__, "_initializing", False):  # it is being imported, and this is called again after it
+            return
         if os.environ.get(VARIABLE):
             raise RuntimeError(
                 f"{VARIABLE}={os.environ[VARIABLE]!r} cannot be served: this version of Transformers has no "

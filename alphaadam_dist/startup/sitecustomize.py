@@ -15,12 +15,14 @@ HOOK = os.path.join(os.path.dirname(HERE), "import_hook.py")
 
 
 def import_alphaadam(tool: ModuleType) -> None:
-    """Import the package, which registers itself with the tool that has just been imported.
+    """Import the package and register it with the tool that has just been imported.
+
+    It may have been imported before, in the middle of the tool's own import: HF's Trainer imports its arguments.
 
     Raises ImportError where the environment names an optimizer, which would be passed over without a word.
     """
     try:
-        import alphaadam_dist  # noqa: F401
+        import alphaadam_dist
     except ImportError as error:
         missing = (
             f"alphaadam run: {sys.executable} cannot import alphaadam_dist ({error}), so {tool.__name__} does not know "
@@ -29,6 +31,8 @@ def import_alphaadam(tool: ModuleType) -> None:
         if os.environ.get("ALPHAADAM_OPTIM"):
             raise ImportError(missing) from error
         print(missing, file=sys.stderr)
+    else:
+        alphaadam_dist._register()
 
 
 def run(spec: ModuleSpec | None) -> ModuleType:
@@ -43,7 +47,7 @@ def run(spec: ModuleSpec | None) -> ModuleType:
 
 
 hook = run(spec_from_file_location("alphaadam_import_hook", HOOK))
-for watched in ("deepspeed.runtime.engine", "transformers.training_args"):
+for watched in ("deepspeed.runtime.engine", "transformers.training_args", "transformers.trainer"):
     hook.when_imported(watched, import_alphaadam)
 
 hidden = PathFinder.find_spec("sitecustomize", [entry for entry in sys.path if os.path.abspath(entry) != HERE])

@@ -78,9 +78,12 @@ print(args.optim.value, again.optim.value, Trainer.get_optimizer_cls_and_kwargs(
 
 
 @pytest.mark.slow
-def test_the_name_passes_hfs_own_checks(tmp_path: Path) -> None:
-    """Of argparse and of the dataclass, in a script that imports nothing of ours."""
-    line = [str(Path(sys.executable).with_name("alphaadam")), "run", "--", sys.executable, "-c", PARSED, str(tmp_path)]
+@pytest.mark.parametrize("first", ["transformers", "transformers.trainer", "deepspeed"])
+def test_the_name_passes_hfs_own_checks(tmp_path: Path, first: str) -> None:
+    """Of argparse and of the dataclass, in a script that imports nothing of ours, whatever it imports first: the
+    Trainer imports its arguments, so that ours would find it half-imported."""
+    script = f"import {first}\n{PARSED}"
+    line = [str(Path(sys.executable).with_name("alphaadam")), "run", "--", sys.executable, "-c", script, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(line, capture_output=True, text=True, timeout=280, env=environment)
     assert done.stdout.split()[-3:] == ["alphaadam", "alphalion", "AlphaAdam"], done.stderr
