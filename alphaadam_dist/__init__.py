@@ -1,13 +1,13 @@
 """AlphaAdam for sharded training: one algorithm, any sharding.
 
-Importing the package registers its optimizers with DeepSpeed, whenever that is imported. It imports neither torch nor
-DeepSpeed: the optimizers are loaded when they are first asked for, or when DeepSpeed's engine comes. So the command
-line answers at once.
+Importing the package registers its optimizers with DeepSpeed and HF's Trainer, whenever these are imported. It imports
+neither of them, nor torch: the optimizers are loaded when they are first asked for, or when such a tool comes. So the
+command line answers at once.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from .import_hook import DEEPSPEED_ENGINE, when_imported
+from .import_hook import TOOLS, when_imported
 
 if TYPE_CHECKING:
     from .alphaadam import AlphaAdam
@@ -21,7 +21,7 @@ __all__ = ["AlphaAdam", "AlphaLion", "AlphaSGD"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _load()
+    _register()
     return globals()[name]
 
 
@@ -29,14 +29,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _load(*_: object) -> None:
+def _register(*_: object) -> None:
+    """Load the optimizers and register them with the tools that are imported. Again and again changes nothing more."""
     from .alphaadam import AlphaAdam
     from .alphalion import AlphaLion
     from .alphasgd import AlphaSGD
+    from .integrations import hf_trainer
     from .zero import register
 
     globals().update(AlphaAdam=AlphaAdam, AlphaLion=AlphaLion, AlphaSGD=AlphaSGD)
     register(AlphaAdam, AlphaLion, AlphaSGD)
+    hf_trainer.register(AlphaAdam, AlphaLion, AlphaSGD)
 
 
-when_imported(DEEPSPEED_ENGINE, _load)
+for _tool in TOOLS:
+    when_imported(_tool, _register)

@@ -237,6 +237,32 @@ def convert(
     )  # fmt: skip
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- COMMAND...", help="What to start, with its arguments.", show_default=False),
+    ],
+) -> None:
+    """Start a command in which every Python process knows AlphaAdam, without a line of code.
+
+    A DeepSpeed config may then name "AlphaAdam", and HF's Trainer takes --optim alphaadam, or ALPHAADAM_OPTIM=alphaadam
+    from the environment where a tool does not pass it on.
+
+    [bold]Examples[/bold]
+
+      alphaadam run -- llamafactory-cli train llama.yaml
+
+      alphaadam run -- torchrun --nproc-per-node 8 sft.py --optim alphaadam --optim_args gamma=0.1
+
+      ALPHAADAM_OPTIM=alphaadam alphaadam run -- accelerate launch train.py
+    """
+    with _in_one_line("reinstall alphaadam-dist"):
+        from alphaadam_dist import run as starting
+
+        starting.replace_process(command)
+
+
 @app.command()
 def plan(
     model: Annotated[

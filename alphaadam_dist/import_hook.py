@@ -1,18 +1,23 @@
-"""Acts on a module as soon as somebody imports it, without importing it."""
+"""Acts on a module as soon as somebody imports it, without importing it.
+
+Under `alphaadam run` every Python process loads this file at its start, by itself: it imports nothing that costs time.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 DEEPSPEED_ENGINE = "deepspeed.runtime.engine"
+HF_ARGUMENTS, HF_TRAINER = "transformers.training_args", "transformers.trainer"
+TOOLS = (DEEPSPEED_ENGINE, HF_ARGUMENTS, HF_TRAINER)
+"""What the optimizers are registered with as soon as it is imported."""
 
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
     """Call ``act`` with a module now, or once it has been imported.
 
-    ``act`` may be called again for the same module and must not raise.
+    ``act`` may be called again for the same module. What it raises fails the import.
     """
     module = sys.modules.get(name)
     if module is not None:
@@ -21,7 +26,7 @@ def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
         sys.meta_path.insert(0, _Finder(name, act))
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds one module as the other finders do, and acts on it once it has run."""
 
     def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:

@@ -11,18 +11,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alphaadam_dist.integrations.hf_trainer import log_metrics
 from alphaadam_dist.training import checkpoints, metrics
 from alphaadam_dist.training.progress import TrainingProgress
-
-
-def find_alpha_optimizer(optimizer: Any) -> Any | None:
-    """The AlphaAdam inside the wrappers of DeepSpeed, Accelerate and the Trainer; None where there is none."""
-    while optimizer is not None:
-        # Asked of the class: reading the property itself waits for the device.
-        if hasattr(type(optimizer), "alpha"):
-            return optimizer
-        optimizer = getattr(optimizer, "optimizer", None)
-    return None
 
 
 class AlphaMetrics(TrainerCallback):
@@ -31,12 +22,8 @@ class AlphaMetrics(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Read the optimizer only when a log is written: reading waits for the device."""
-        logs = kwargs["logs"]
-        optimizer = find_alpha_optimizer(kwargs["optimizer"]) if "loss" in logs else None
-        if optimizer is not None:
-            logs.update(optimizer.metrics())
-            state.log_history[-1].update(logs)
+        """Add them to this entry."""
+        log_metrics(state, kwargs["logs"], kwargs["optimizer"])
         return control
 
 

@@ -2,13 +2,14 @@
 
 ``register`` runs when an optimizer of the package is first asked for, or else when DeepSpeed's engine is imported. It
 names each optimizer under torch.optim, where DeepSpeed looks up the type in a JSON config, and as soon as DeepSpeed's
-engine is imported, by whomever, it wraps three methods of it: one builds the optimizer named in the JSON, one refuses
-what is not served before DeepSpeed wraps anything around the optimizer, and one attaches to that wrapper once it
-stands. Whatever DeepSpeed is or lacks, neither import fails by this; what it lacks is an error where an optimizer meets
-an engine.
+engine is imported, by whomever, it wraps four methods of it: one reads the name in the JSON in any case, one builds the
+optimizer of that name, one refuses what is not served before DeepSpeed wraps anything around the optimizer, and one
+attaches to that wrapper once it stands. Whatever DeepSpeed is or lacks, neither import fails by this; what it lacks is
+an error where an optimizer meets an engine.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,11 @@ from ..import_hook import when_imported
 from ..optimizer import AlphaOptimizer
 from . import versions
 
-METHODS = ("_configure_basic_optimizer", "_do_optimizer_sanity_check", "_configure_optimizer")
+METHODS = ("optimizer_name", "_configure_basic_optimizer", "_do_optimizer_sanity_check", "_configure_optimizer")
+
+LAUNCHER = "deepspeed.launcher.runner"
+VARIABLES = "ALPHAADAM_"
+"""What the names of our environment variables begin with."""
 
 ATTACHES = "alphaadam_attaches"
 """Attribute of an engine that will attach to the optimizer that it is being configured with."""
@@ -35,6 +40,7 @@ def register(*kinds: type[AlphaOptimizer]) -> None:
             setattr(torch.optim, kind.__name__, kind)
             _registered.append(kind)
     wrap_engine()
+    when_imported(LAUNCHER, _export)
     if wrap_engine not in AlphaOptimizer._when_made:
         AlphaOptimizer._when_made.append(wrap_engine)
 
@@ -53,7 +59,7 @@ def _wrap(engine: ModuleType) -> None:
     if not isinstance(engine_class, type):
         return
     wrapped: dict[str, Callable[..., Callable[..., Any]]] = dict(
-        zip(METHODS, (_built, _checked, _configured), strict=True)
+        zip(METHODS, (_named, _built, _checked, _configured), strict=True)
     )
     if not all(hasattr(engine_class, name) for name in METHODS):
         wrapped["__init__"] = _refused_after
@@ -63,6 +69,31 @@ def _wrap(engine: ModuleType) -> None:
             ours = functools.wraps(method)(wrap(method))
             ours.alphaadam = True  # type: ignore[attr-defined]
             setattr(engine_class, name, ours)
+
+
+def _export(launcher: ModuleType) -> None:
+    """Let `deepspeed` hand our variables to the ranks on other nodes, as it does with Python's own.
+
+    Raises RuntimeError where there is something to hand over and no way to.
+    """
+    prefixes = getattr(launcher, "EXPORT_ENVS", None)
+    if isinstance(prefixes, list):
+        prefixes += [VARIABLES] if VARIABLES not in prefixes else []
+    elif given := [name for name in os.environ if name.startswith(VARIABLES)]:
+        raise RuntimeError(
+            f"this DeepSpeed's launcher has no EXPORT_ENVS, so it would not hand {', '.join(given)} to other nodes: "
+            "unset it here, and set it in each node's own environment"
+        )
+
+
+def _named(name: Callable[..., Any]) -> Callable[..., Any]:
+    """The name in the JSON, that of one of ours as the class writes it."""
+
+    def named(engine: Any) -> Any:
+        given = name(engine)
+        return next((kind.__name__ for kind in _registered if kind.__name__.lower() == str(given).lower()), given)
+
+    return named
 
 
 def _built(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,8 @@ STEPS = 4
 
 def example() -> dict[str, Any]:
     """The names that the page's code defines."""
-    (code,) = re.findall(r"```python\n(from dataclasses.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    begins = "from alphaadam_dist.integrations"
+    (code,) = re.findall(rf"```python\n({begins}.*?)```", PAGE.read_text(), flags=re.DOTALL)
     names: dict[str, Any] = {"__name__": __name__}
     exec(code, names)
     return names

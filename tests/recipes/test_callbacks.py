@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.training.callbacks import AlphaMetrics, find_alpha_optimizer
+from alphaadam_dist.integrations.hf_trainer import find_alpha_optimizer
+from alphaadam_dist.training.callbacks import AlphaMetrics
 
 
 class _Wrapper:

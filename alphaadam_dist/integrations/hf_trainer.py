@@ -1,0 +1,174 @@
+"""Makes HF's Trainer take our optimizers by name and log what they do, without importing Transformers.
+
+``register`` runs when an optimizer of the package is first asked for, or else when Transformers is imported. As soon as
+Transformers' training arguments are imported, ``optim`` takes the names in lower case ("alphaadam"); as soon as the
+Trainer is, it builds the optimizer of that name with the arguments' lr, betas and eps and the options in ``optim_args``.
+ALPHAADAM_OPTIM in the environment goes before ``optim``, for tools that do not pass it. A callback checks, before the
+first step, that this is the optimizer that trains.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ..import_hook import HF_ARGUMENTS, HF_TRAINER, when_imported
+from ..optimizer import AlphaOptimizer
+
+VARIABLE = "ALPHAADAM_OPTIM"
+"""The environment variable that names the optimizer of every Trainer."""
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+_kinds: dict[str, type[AlphaOptimizer]] = {}
+
+
+def register(*kinds: type[AlphaOptimizer]) -> None:
+    """Register optimizer classes with HF's Trainer, under their names in lower case."""
+    _kinds.update({kind.__name__.lower(): kind for kind in kinds})
+    when_imported(HF_ARGUMENTS, _add_names)
+    when_imported(HF_TRAINER, _wrap)
+
+
+def names() -> tuple[str, ...]:
+    """What ``optim`` and ALPHAADAM_OPTIM may be."""
+    return tuple(_kinds)
+
+
+def asked_for(args: Any) -> type[AlphaOptimizer] | None:
+    """The optimizer class that the environment or else the TrainingArguments name; None where it is not one of ours.
+
+    Raises:
+        ValueError: the environment names none of ours.
+    """
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return _kinds.get(_named(args))
+    if name.lower() not in _kinds:
+        raise ValueError(f"{VARIABLE}={name!r} is unknown: give {', '.join(names())}, or unset it")
+    return _kinds[name.lower()]
+
+
+def _named(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def options_of(kind: type[AlphaOptimizer], args: Any) -> dict[str, Any]:
+    """What TrainingArguments say to the constructor of an optimizer class; ``optim_args`` goes before its other fields.
+
+    Weight decay is left out: the Trainer writes it into the groups.
+
+    Raises:
+        ValueError: ``optim_args`` is not of the form "gamma=0.1,sync=delayed".
+    """
+    fields = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    options = {name: value for name, value in fields.items() if name in kind.hyperparameters}
+    for part in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        name, equals, text = part.partition("=")
+        if not (name and equals and text):
+            raise ValueError(f'optim_args has {part!r}: write name=value, as in "gamma=0.1,sync=delayed"')
+        options[name] = _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
+
+
+def find_alpha_optimizer(optimizer: Any) -> AlphaOptimizer | None:
+    """The one of ours inside the wrappers of DeepSpeed, Accelerate and the Trainer; None where there is none."""
+    while optimizer is not None and not isinstance(optimizer, AlphaOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def log_metrics(state: Any, logs: dict[str, Any], optimizer: Any) -> None:
+    """Add ``metrics()`` of one of ours to an entry of the log that carries a training loss, and to the history.
+
+    Reading them waits for the device, so it is done only when a log is written, and once.
+    """
+    found = find_alpha_optimizer(optimizer) if "loss" in logs and "alpha" not in logs else None
+    if found is not None:
+        logs.update(found.metrics())
+        state.log_history[-1].update(logs)
+
+
+def _add_names(arguments: ModuleType) -> None:
+    """Make the names members of the enumeration that ``optim`` is checked against, here and by argparse."""
+    names = getattr(arguments, "OptimizerNames", None)
+    if names is None:  # in the middle of its import, or a version without: `optim` is refused by its own check
+        return
+    for name in _kinds:
+        if name not in names._value2member_map_:
+            member = str.__new__(names, name)
+            member._name_, member._value_ = name.upper(), name
+            names._member_names_.append(member._name_)
+            names._member_map_[member._name_] = names._value2member_map_[name] = member
+
+
+def _wrap(trainer: ModuleType) -> None:
+    """Wrap the Trainer's choice of a class, and add the callback to those of every Trainer; once.
+
+    Raises RuntimeError where the environment names an optimizer and this Trainer has no place for it.
+    """
+    missing = [name for name in ("Trainer", "TrainerCallback", "DEFAULT_CALLBACKS") if not hasattr(trainer, name)]
+    if not missing and not hasattr(trainer.Trainer, "get_optimizer_cls_and_kwargs"):
+        missing = ["Trainer.get_optimizer_cls_and_kwargs"]
+    if missing:
+        if getattr(trainer.__spec__, "_initializing", False):  # it is being imported, and this is called again after it
+            return
+        if os.environ.get(VARIABLE):
+            raise RuntimeError(
+                f"{VARIABLE}={os.environ[VARIABLE]!r} cannot be served: this version of Transformers has no "
+                f"{', '.join(missing)} in {HF_TRAINER}. Install a tested version, or unset the variable"
+            )
+        return
+    choose = trainer.Trainer.get_optimizer_cls_and_kwargs
+    if not hasattr(choose, "alphaadam"):
+        ours = functools.wraps(choose)(_chosen(choose))
+        ours.alphaadam = True  # type: ignore[attr-defined]
+        trainer.Trainer.get_optimizer_cls_and_kwargs = staticmethod(ours)
+        trainer.DEFAULT_CALLBACKS.append(_callback(trainer.TrainerCallback))
+
+
+def _chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
+    def chosen(args: Any, *others: Any, **named: Any) -> Any:
+        kind = asked_for(args)
+        return choose(args, *others, **named) if kind is None else (kind, options_of(kind, args))
+
+    return chosen
+
+
+def _callback(base: type) -> type:
+    """A TrainerCallback, whose class is known only once Transformers is imported."""
+
+    class AlphaAdamCallback(base):
+        """Checks that the optimizer that was asked for trains, and logs what one of ours did."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any) -> None:
+            """Raise ValueError where something else stands in the place of the optimizer that was asked for."""
+            kind = asked_for(args)
+            if kind is not None and not isinstance(find_alpha_optimizer(optimizer), kind):
+                while hasattr(optimizer, "optimizer"):
+                    optimizer = optimizer.optimizer
+                asked = f"{VARIABLE}={os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else f"optim={_named(args)}"
+                raise ValueError(
+                    f"{asked} asks for {kind.__name__}, but {type(optimizer).__name__} would train: the DeepSpeed "
+                    f'config, the script or the tool brings it. Write "optimizer": {{"type": "{kind.__name__}", ...}} '
+                    "into the DeepSpeed config, leave the optimizer out there, or ask for none here"
+                )
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **others: Any
+                   ) -> None:  # fmt: skip
+            """Add alpha and agreement."""
+            log_metrics(state, logs, optimizer)
+
+    return AlphaAdamCallback

@@ -1,0 +1,132 @@
+"""HF's Trainer takes our optimizers by name: from `optim`, or from the environment, whose word nothing passes over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
+from alphaadam_dist.integrations import hf_trainer
+from alphaadam_dist.training.trainer import FSDP2
+from tests.hf import trainer
+from tests.hf.test_trainer import check
+from tests.ranks import RankError, Ranks
+
+NAMED = {"optim": "alphaadam", "optim_args": "gamma=0.1, sync=delayed"}
+OPTIONS = {"gamma": 0.1, "sync": "delayed"}
+
+
+def arguments(**given: Any) -> Any:
+    """What of TrainingArguments is read."""
+    fields = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9}
+    return SimpleNamespace(**{**fields, "adam_epsilon": 1e-7, **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "optim_args", "options"),
+    [
+        ("alphaadam", AlphaAdam, None, {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-7}),
+        ("alphalion", AlphaLion, "scope=layer", {"lr": 0.1, "betas": (0.8, 0.9), "scope": "layer"}),
+        ("alphasgd", AlphaSGD, "momentum=0.5,nesterov=True", {"lr": 0.1, "momentum": 0.5, "nesterov": True}),
+        ("alphaadam", AlphaAdam, "clip_norm=none, alpha_warmup=5,eps=1e-6",
+         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "clip_norm": None, "alpha_warmup": 5}),
+    ],
+)  # fmt: skip
+def test_arguments_become_options(name: str, kind: Any, optim_args: str | None, options: dict[str, Any]) -> None:
+    args = arguments(optim=name, optim_args=optim_args)
+    assert hf_trainer.asked_for(args) is kind
+    assert hf_trainer.options_of(kind, args) == options
+
+
+def test_optim_args_of_another_form_are_named() -> None:
+    with pytest.raises(ValueError, match=r"optim_args has 'gamma': write name=value"):
+        hf_trainer.options_of(AlphaAdam, arguments(optim_args="gamma"))
+
+
+def test_the_environment_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hf_trainer.asked_for(arguments()) is None
+    monkeypatch.setenv("ALPHAADAM_OPTIM", "AlphaLion")
+    assert hf_trainer.asked_for(arguments(optim="alphaadam")) is AlphaLion
+    monkeypatch.setenv("ALPHAADAM_OPTIM", "adamw")
+    with pytest.raises(ValueError, match="ALPHAADAM_OPTIM='adamw' is unknown: give alphaadam, alphalion, alphasgd"):
+        hf_trainer.asked_for(arguments())
+
+
+def test_a_trainer_without_the_place_is_refused_where_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: Any = ModuleType("transformers.trainer")
+    hf_trainer._wrap(other)
+    monkeypatch.setenv("ALPHAADAM_OPTIM", "alphaadam")
+    with pytest.raises(RuntimeError, match=r"cannot be served: this version of Transformers has no Trainer"):
+        hf_trainer._wrap(other)
+
+
+PARSED = """
+import sys
+from transformers import HfArgumentParser, TrainingArguments
+args, = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+    ["--output_dir", sys.argv[1], "--optim", "alphaadam", "--use_cpu"])
+again = TrainingArguments(output_dir=sys.argv[1], use_cpu=True, optim="alphalion")
+from transformers import Trainer
+print(args.optim.value, again.optim.value, Trainer.get_optimizer_cls_and_kwargs(args)[0].__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["transformers", "transformers.trainer", "deepspeed"])
+def test_the_name_passes_hfs_own_checks(tmp_path: Path, first: str) -> None:
+    """Of argparse and of the dataclass, in a script that imports nothing of ours, whatever it imports first: the
+    Trainer imports its arguments, so that ours would find it half-imported."""
+    script = f"import {first}\n{PARSED}"
+    line = [str(Path(sys.executable).with_name("alphaadam")), "run", "--", sys.executable, "-c", script, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.stdout.split()[-3:] == ["alphaadam", "alphalion", "AlphaAdam"], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["ddp", "fsdp2", "zero2"])
+def test_named_in_the_arguments(ranks2: Ranks, tmp_path: Path, where: str) -> None:
+    """Two groups, the options of optim_args, and alpha in the log without a callback of the script."""
+    config = trainer.client_config(2) if where == "zero2" else None
+    ranks = ranks2.run(trainer.train, str(tmp_path), config, {**NAMED, **(FSDP2 if where == "fsdp2" else {})})
+    check(ranks, trainer.alone(trainer.hf_groups, OPTIONS), f"optim, {where}")
+    assert [group["weight_decay"] for group in ranks[0]["groups"]] == [0.2, 0.0]
+    logged = [entry["alpha"] for entry in ranks[0]["logs"] if "loss" in entry]
+    assert logged == [alpha for alpha, _ in ranks[0]["seen"]]
+
+
+def train_asked(*args: Any, **kwargs: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALPHAADAM_OPTIM", "alphaadam")
+        return trainer.train(*args, **kwargs)
+
+
+@pytest.mark.slow
+def test_named_in_the_environment(ranks2: Ranks, tmp_path: Path) -> None:
+    ranks = ranks2.run(train_asked, str(tmp_path), None, {"optim_args": NAMED["optim_args"]})
+    check(ranks, trainer.alone(trainer.hf_groups, OPTIONS), "ALPHAADAM_OPTIM")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["optim=alphaadam", "ALPHAADAM_OPTIM=alphaadam"])
+def test_another_optimizer_in_the_json_is_refused(ranks2: Ranks, tmp_path: Path, asked: str) -> None:
+    config = trainer.auto_config(2)
+    config["optimizer"] = {"type": "SGD", "params": {"lr": "auto"}}  # torch's: nothing to compile
+    config["zero_allow_untested_optimizer"] = True
+    run, given = (trainer.train, {"optim": "alphaadam"}) if asked.startswith("optim") else (train_asked, {})
+    with pytest.raises(RankError, match=rf"{asked} asks for AlphaAdam, but SGD would train"):
+        ranks2.run(run, str(tmp_path), config, given)
+
+
+@pytest.mark.slow
+def test_the_json_may_name_it_in_any_case(ranks2: Ranks, tmp_path: Path) -> None:
+    config = trainer.auto_config(2)
+    config["optimizer"]["type"] = "alphaADAM"
+    ranks = ranks2.run(trainer.train, str(tmp_path), config)
+    check(ranks, trainer.alone(trainer.one_group), "json, any case")
