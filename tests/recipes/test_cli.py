@@ -45,6 +45,16 @@ def test_help_and_version_import_nothing_heavy():
     assert done.stdout.endswith("imported: set()\n"), done.stdout[-200:] + done.stderr
 
 
+@pytest.mark.parametrize("lacking", ["typer", "rich", "json"])
+def test_without_its_packages_it_says_what_it_needs(lacking: str):
+    """And hides no other error."""
+    program = f"import sys; sys.modules[{lacking!r}] = None; from alphaadam_dist.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert ("the command line needs pip install 'alphaadam-dist[cli]'" in done.stderr) == (lacking != "json")
+    assert ("Traceback" in done.stderr) == (lacking == "json")
+
+
 def test_the_version():
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"alphaadam-dist {__version__}\n")
