@@ -33,7 +33,12 @@ def load() -> None:
 @functools.cache
 def _load() -> None:
     build.load()
-    # what torch.compile and FakeTensor need to know of the operators: the shapes that come out
+    _describe()
+
+
+@functools.cache
+def _describe() -> None:
+    """Tell torch.compile and FakeTensor the shapes that come out of the operators."""
     torch.library.register_fake("alphaadam::count", _fake_count)
     for operator, _ in _KERNELS.values():
         torch.library.register_fake(f"alphaadam::{operator}", _fake_counts)

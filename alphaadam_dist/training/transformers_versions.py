@@ -15,6 +15,15 @@ def in_dtype(dtype: torch.dtype) -> dict[str, Any]:
     return {_DTYPE: dtype}
 
 
+def refuse_packing() -> None:
+    """Raise ValueError where examples in one row may see each other: models of 4.48 pass over where they begin."""
+    if numbers(transformers.__version__) < (5,):
+        raise ValueError(
+            f"--packing needs Transformers 5, and this is {transformers.__version__}, in which packed examples see "
+            "each other: upgrade it, or give --no-packing"
+        )
+
+
 def unpacked() -> dict[str, Any]:
     """The arguments with which a GGUF file's weights are unpacked, as older versions always do.
 

@@ -7,7 +7,6 @@ version, nobody can have asked for it.
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import versions
@@ -66,7 +65,7 @@ def land_1_and_2(zero: Any, params: Iterable[Tensor]) -> None:
         key = zero.get_param_id(param)
         _, source, _, numel = zero.grad_position[key]
         held = zero.accumulated_grads_in_cpu[key].view(-1)
-        whole = held if held.numel() == param.numel() else torch.zeros(param.numel(), dtype=held.dtype)
+        whole = held if held.numel() == param.numel() else held.new_zeros(param.numel())
         if whole is not held:
             whole[source : source + numel] = held
         attribute = "grad_accum" if zero.use_grad_accum_attribute else "grad"

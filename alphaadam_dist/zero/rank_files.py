@@ -112,4 +112,4 @@ def _disagreement(told: Sequence[tuple[str | None, list[float] | None]]) -> str 
 
 
 def _hash(value: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest())
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaadam_dist.training.corpus import Corpus, from_parts, is_local_text, load_corpus, splits, with_text
 from alphaadam_dist.training.data import cached_map, fingerprint
+from alphaadam_dist.training.transformers_versions import refuse_packing
 
 IGNORED = -100
 Row = dict[str, Any]
@@ -138,7 +139,12 @@ def blocks(
 
     Args:
         packing: put several examples in a block, as they fit; otherwise each has a block of its own.
+
+    Raises:
+        ValueError: no example has anything to learn within a block, or packing is not for this version of Transformers.
     """
+    if packing:
+        refuse_packing()
     chats = "messages" in rows.column_names
 
     def encode(batch: Row) -> Row:

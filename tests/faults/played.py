@@ -7,6 +7,8 @@ import io
 import math
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -356,6 +358,9 @@ class Player(Compared):
         return pieces, {"groups": groups, "options": self.options}
 
 
-def quietly() -> warnings.catch_warnings[None]:
+@contextmanager
+def quietly() -> Iterator[None]:
     """Warnings about what events do on purpose are not for the terminal."""
-    return warnings.catch_warnings(action="ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from alphaadam_dist.torch_versions import numbers
+from alphaadam_dist.training import transformers_versions
 from alphaadam_dist.training.corpus import Corpus, load_corpus
 from alphaadam_dist.training.data import END_OF_TEXT, byte_level_bpe, collate
 from recipes.instructions import (
@@ -97,6 +100,13 @@ def _tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_layer=2, n_embd=16, n_head=2, n_positions=32, use_cache=False))
 
 
+def test_packing_is_refused_where_models_pass_over_its_borders(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformers, "__version__", "4.48.3")
+    with pytest.raises(ValueError, match=r"--packing needs Transformers 5, and this is 4\.48\.3.*--no-packing"):
+        transformers_versions.refuse_packing()
+
+
+@pytest.mark.skipif(numbers(transformers.__version__) < (5,), reason="packing is refused there")
 @pytest.mark.parametrize("build", [tiny_llama, _tiny_gpt2], ids=["llama", "gpt2"])
 def test_packed_examples_do_not_see_each_other(build: Any):
     """The loss of packed rows is that of the examples one by one, with padding too."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from alphaadam_dist.torch_versions import numbers
 from alphaadam_dist.training import compilations, leftovers, main_job
 from alphaadam_dist.training.start_ranks import LaunchError
 from recipes.run import Epochs, Lr, Out, Recipe, Training, WeightDecay, command
@@ -154,6 +156,7 @@ def test_a_rank_that_opens_its_buffer_meanwhile_keeps_it(lock: Path, monkeypatch
     assert {path.name: path.read_text() for path in left.parent.iterdir()} == {left.name: "mine"}
 
 
+@pytest.mark.skipif(numbers(version("deepspeed")) < (0, 19), reason="older ones have fewer, in other files")
 def test_the_names_are_deepspeeds() -> None:
     sources = Path(next(iter(find_spec("deepspeed").submodule_search_locations or [])), "ops")
     named = "".join(path.read_text() for path in (sources / "op_builder").rglob("*.py"))
