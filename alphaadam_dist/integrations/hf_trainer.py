@@ -115,11 +115,13 @@ def _add_names(arguments: ModuleType) -> None:
 
 
 def _wrap(trainer: ModuleType) -> None:
-    """Wrap the Trainer's choice of a class, and add the callback to those of every Trainer; once.
+    """Wrap the Trainer's choice of a class, and its constructor, which adds the callback to those it has; once.
+
+    The Trainer's list of default callbacks is no place for ours: tools replace it.
 
     Raises RuntimeError where the environment names an optimizer and this Trainer has no place for it.
     """
-    missing = [name for name in ("Trainer", "TrainerCallback", "DEFAULT_CALLBACKS") if not hasattr(trainer, name)]
+    missing = [name for name in ("Trainer", "TrainerCallback") if not hasattr(trainer, name)]
     if not missing and not hasattr(trainer.Trainer, "get_optimizer_cls_and_kwargs"):
         missing = ["Trainer.get_optimizer_cls_and_kwargs"]
     if missing:
@@ -136,7 +138,7 @@ def _wrap(trainer: ModuleType) -> None:
         ours = functools.wraps(choose)(_chosen(choose))
         ours.alphaadam = True  # type: ignore[attr-defined]
         trainer.Trainer.get_optimizer_cls_and_kwargs = staticmethod(ours)
-        trainer.DEFAULT_CALLBACKS.append(_callback(trainer.TrainerCallback))
+        trainer.Trainer.__init__ = _made(trainer.Trainer.__init__, _callback(trainer.TrainerCallback))
 
 
 def _chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +147,15 @@ def _chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
         return choose(args, *others, **named) if kind is None else (kind, options_of(kind, args))
 
     return chosen
+
+
+def _made(init: Callable[..., None], callback: type) -> Callable[..., None]:
+    @functools.wraps(init)
+    def made(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        init(trainer, *args, **kwargs)
+        trainer.callback_handler.callbacks.insert(0, callback())  # before those that write logs out
+
+    return made
 
 
 def _callback(base: type) -> type:

@@ -101,6 +101,21 @@ def test_named_in_the_arguments(ranks2: Ranks, tmp_path: Path, where: str) -> No
     assert logged == [alpha for alpha, _ in ranks[0]["seen"]]
 
 
+def without_default_callbacks(*args: Any, **kwargs: Any) -> Any:
+    """As in a tool that has callbacks of its own in the place of HF's."""
+    from transformers import trainer as theirs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "DEFAULT_CALLBACKS", [theirs.DefaultFlowCallback])
+        return trainer.train(*args, **kwargs)
+
+
+@pytest.mark.slow
+def test_a_tool_may_replace_the_default_callbacks(ranks2: Ranks, tmp_path: Path) -> None:
+    for result in ranks2.run(without_default_callbacks, str(tmp_path), None, NAMED):
+        assert all("alpha" in entry for entry in result["logs"] if "loss" in entry)
+
+
 def train_asked(*args: Any, **kwargs: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALPHAADAM_OPTIM", "alphaadam")
