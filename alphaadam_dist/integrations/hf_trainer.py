@@ -3,8 +3,8 @@
 ``register`` runs when an optimizer of the package is first asked for, or else when Transformers is imported. As soon as
 Transformers' training arguments are imported, ``optim`` takes the names in lower case ("alphaadam"); as soon as the
 Trainer is, it builds the optimizer of that name with the arguments' lr, betas and eps and the options in
-``optim_args``. ALPHAADAM_OPTIM in the environment goes before ``optim``, for tools that do not pass it. A callback checks, before the
-first step, that this is the optimizer that trains.
+``optim_args``. ALPHAADAM_OPTIM in the environment goes before ``optim``, for tools that do not pass it. A callback
+checks, before the first step, that this is the optimizer that trains.
 """
 
 import functools
