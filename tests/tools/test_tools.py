@@ -1,0 +1,114 @@
+"""Each tool's stock command under `alphaadam run` on two ranks, without a line of code: `make test-tools`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import STEPS, check, logged, start
+
+pytestmark = [pytest.mark.tools, pytest.mark.timeout(2000)]
+
+TRAINER = {
+    "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1,
+    "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "use_cpu": True, "report_to": "none",
+    "seed": 1, "gradient_checkpointing": False, "bf16": False,
+}  # fmt: skip
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def test_llama_factory(llama: Path, zero2: str, examples: list[tuple[str, str]], tmp_path: Path) -> None:
+    """`llamafactory-cli train`: DDP by `optim`, ZeRO-2 by the JSON, and DDP by the environment."""
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in examples]
+    (tmp_path / "garden.json").write_text(json.dumps(rows))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"garden": {"file_name": "garden.json"}}))
+    common = {
+        **TRAINER, "model_name_or_path": str(llama), "stage": "sft", "do_train": True, "finetuning_type": "full",
+        "dataset": "garden", "dataset_dir": str(tmp_path), "template": "default", "cutoff_len": 64,
+        "save_strategy": "no", "overwrite_output_dir": True, "disable_gradient_checkpointing": True,
+    }  # fmt: skip
+    del common["gradient_checkpointing"]
+    alphas = {}
+    ways: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+        "ddp": ({"optim": "alphaadam"}, {}),
+        "zero2": ({"deepspeed": zero2}, {}),
+        "environment": ({}, {"ALPHAADAM_OPTIM": "alphaadam"}),
+    }
+    for name, (settings, variables) in ways.items():
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(json.dumps({**common, **settings, "output_dir": str(tmp_path / name)}))  # JSON is YAML
+        line = ["llamafactory-cli", "train", str(config)]
+        start("llamafactory", line, tmp_path, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", **variables)
+        alphas[name] = logged(tmp_path / name)
+    check(alphas)
+
+
+def test_trl(llama: Path, zero2: str, zero2_bare: str, examples: list[tuple[str, str]], tmp_path: Path) -> None:
+    """TRL's own script for SFT under torchrun: DDP by --optim, ZeRO-2 by the JSON and by --optim."""
+    data = tmp_path / "garden"
+    data.mkdir()
+    rows = [json.dumps({"prompt": question, "completion": f" {answer}"}) for question, answer in examples]
+    (data / "train.jsonl").write_text("\n".join(rows))
+    common = {
+        **TRAINER, "model_name_or_path": str(llama), "dataset_name": str(data), "eval_strategy": "no",
+        "save_strategy": "steps", "save_steps": STEPS, "max_length": 64,
+    }  # fmt: skip
+    ways = {
+        "ddp": {"optim": "alphaadam"},
+        "zero2": {"deepspeed": zero2},
+        "zero2 by name": {"deepspeed": zero2_bare, "optim": "alphaadam"},
+    }
+    alphas = {}
+    for name, settings in ways.items():
+        line = words({**common, **settings, "output_dir": str(tmp_path / name)})
+        start("trl", ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "trl.scripts.sft", *line], tmp_path)
+        alphas[name] = logged(tmp_path / name)
+    check(alphas)
+
+
+def test_ms_swift(llama: Path, examples: list[tuple[str, str]], tmp_path: Path) -> None:
+    """`swift sft`: DDP by --optim. Its ZeRO-2 and training by the plugin are not run."""
+    data = tmp_path / "garden.jsonl"
+    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in examples]
+    data.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    common = {
+        **TRAINER, "model": str(llama), "model_type": "llama", "template": "default", "tuner_type": "full",
+        "torch_dtype": "float32", "dataset": str(data), "split_dataset_ratio": 0, "max_length": 64, "save_steps": STEPS,
+        "save_strategy": "steps", "add_version": False, "dataset_num_proc": 1, "dataloader_num_workers": 0,
+        "check_model": False, "max_grad_norm": 1.0,
+    }  # fmt: skip
+    line = ["swift", "sft", *words({**common, "optim": "alphaadam", "output_dir": str(tmp_path / "ddp")})]
+    start("swift", line, tmp_path, NPROC_PER_NODE="2", MODELSCOPE_CACHE=str(tmp_path))
+    check({"ddp": logged(tmp_path / "ddp")})
+
+
+def test_lightning(tmp_path: Path) -> None:
+    """DDP and FSDP2, by the line in `configure_optimizers`."""
+    script = str(Path(__file__).with_name("with_lightning.py"))
+    alphas = {}
+    for name in ("ddp", "fsdp2"):
+        out = tmp_path / f"{name}.json"
+        start("lightning", [sys.executable, script, str(out), name], tmp_path, run=False)
+        alphas[name] = json.loads(out.read_text())
+    check(alphas)
+
+
+LOADED = """
+from axolotl.integrations.base import load_plugin
+load_plugin("alphaadam_dist.integrations.axolotl_plugin.AlphaAdamPlugin")
+from transformers.training_args import OptimizerNames
+assert OptimizerNames("alphaadam").value == "alphaadam"
+"""
+
+
+def test_axolotl_loads_the_plugin(tmp_path: Path) -> None:
+    """Through Axolotl's own loader; from then on the Trainer takes the name. Axolotl's training is not run."""
+    start("axolotl", [sys.executable, "-c", LOADED], tmp_path, run=False)
