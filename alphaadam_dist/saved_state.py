@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from . import options
 from .local_tensors import local
+from .rounding import FORMAT
 
 OTHER_MOMENTS = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mu_product", "momentum_buffer", "square_avg", "grad_avg",
@@ -72,17 +73,18 @@ def check_groups(
             check_group({**defaults, **group})
         except ValueError as error:
             raise ValueError(f"parameter group {i} of the checkpoint: {error}") from None
-    _check_statistics(groups)
+    _check_of_the_model(groups, "alphaadam_state", statistics)
+    _check_of_the_model(groups, "alphaadam_rounding", steps_of)
 
 
-def _check_statistics(groups: Sequence[Mapping[str, Any]]) -> None:
-    """All groups have the same alphaadam_state, or none has one, as those that AdamW wrote."""
-    held = {i: statistics(group["alphaadam_state"]) for i, group in enumerate(groups) if "alphaadam_state" in group}
+def _check_of_the_model(groups: Sequence[Mapping[str, Any]], name: str, read: Callable[[Any], Any]) -> None:
+    """All groups have the same value of this name, or none has one, as those that AdamW wrote."""
+    held = {i: read(group[name]) for i, group in enumerate(groups) if name in group}
     for i in range(len(groups)):
         if held and held.get(i) != next(iter(held.values())):
             first = next(iter(held))
             raise ValueError(
-                f"alphaadam_state is {held[first]} in parameter group {first} of the checkpoint and "
+                f"{name} is {held[first]} in parameter group {first} of the checkpoint and "
                 f"{held.get(i, 'missing')} in group {i}: it is the whole model's, so the groups are not of one run. "
                 "Give all of them that of the run to go on with, or remove it from all to start the statistics anew"
             )
@@ -108,6 +110,20 @@ def statistics(value: Any) -> list[float]:
             "anew"
         )
     return held
+
+
+def steps_of(value: Any) -> int:
+    """n of [format, n]. Raises ValueError where it cannot come from any run, or is of another format."""
+    try:
+        version, n = (int(number) if _real(number).is_integer() else -1 for number in value)
+    except (TypeError, ValueError):
+        version, n = -1, -1
+    if version != FORMAT or n < 0:
+        raise ValueError(
+            f"alphaadam_rounding={value!r} is no [{FORMAT}, n] of a run, the format of the random bits that round and "
+            "the number of steps: load it with the release that wrote it, or remove it from all groups to count anew"
+        )
+    return n
 
 
 def _real(value: Any) -> float:
@@ -257,6 +273,6 @@ def take_over(
         group["fused"] = defaults["fused"]
         for name, value in defaults.items():
             # a list of its own: the optimizer sees by identity that somebody else put it there
-            group.setdefault(name, list(value) if name == "alphaadam_state" else value)
+            group.setdefault(name, list(value) if isinstance(value, list) else value)
         for name in hyperparameters:
             group[name] = options.plain(name, group[name])

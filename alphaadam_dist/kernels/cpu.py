@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import rule
+from ..rounding import Rounding
 from . import build, reference
 
 Unavailable = build.Unavailable
@@ -48,13 +49,14 @@ def count(
     threshold: float,
     scale: Tensor | float | None,
     norms: bool = False,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference.count`, reading each tensor once, also for the norms."""
-    if grads:  # torch cannot tell where an operator without a tensor belongs
+    if grads and not wide:  # torch cannot tell where an operator without a tensor belongs
         counts, squared_norms = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms)
         if len(counts):
             return counts, squared_norms if norms else None
-    return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms)
+    return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
 
 
 def update(
@@ -69,9 +71,10 @@ def update(
     counting: bool,
     steps: list[float] | None,
     hyperparameters: Mapping[str, Any],
+    rounding: Rounding | None = None,
 ) -> Tensor | None:
     """As :func:`reference.update`, in one pass and without temporary tensors."""
-    if direction in _KERNELS and grads:
+    if direction in _KERNELS and grads and rounding is None:
         operator, numbers = _KERNELS[direction]
         counts = getattr(torch.ops.alphaadam, operator)(
             params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters)
@@ -80,7 +83,7 @@ def update(
             return counts if counting else None
     return reference.update(
         direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
-        counting=counting, steps=steps, hyperparameters=hyperparameters,
+        counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding,
     )  # fmt: skip
 
 

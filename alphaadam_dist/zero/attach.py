@@ -64,7 +64,7 @@ def _use_layout(
         scope=optimizer._run.options.scope,
         group=wrapper.group,
         device=statistics_device(flats, wrapper.group),
-        merge=True,
+        merge=optimizer._run.options.state_dtype is None,
         names=internals.keys_of_all_ranks(engine),
     )
     consensus.settle(layout, optimizer._run.options, engine.seq_data_parallel_group)

@@ -25,6 +25,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor
 
+from ..rounding import consecutive
 from ..shards import Shard, clean_names
 from . import versions
 
@@ -236,6 +237,7 @@ class Replicated(AtOnce):
         if self.half:
             # it was made to step once with zero gradients, which decayed the masters and counted as a step
             self.optimizer.state.clear()
+            self.optimizer._run.n = 0
             self.zero.refresh_fp32_params()
             if engine.fp16_enabled():
                 warnings.warn(
@@ -254,7 +256,8 @@ class Replicated(AtOnce):
             for j, param in enumerate(self._models(i)):
                 # one that is not in the engine's module has no name there
                 outside = given[j] if len(given) == len(group["params"]) else f"parameter {j} of group {i}"
-                held.append([Shard(names.get(param, outside), (), 0, param.numel(), param.numel())])
+                numel = param.numel()
+                held.append([Shard(names.get(param, outside), (), 0, numel, numel, positions=consecutive(0, numel))])
         return held
 
     def _models(self, group: int) -> list[Tensor]:
@@ -389,7 +392,8 @@ def _slice_of_flat(
         first, last = max(offset, begin), min(offset + param.numel(), begin + size)
         if first < last:
             part = first - offset, last - first
-            held.append(Shard(names[param], part, first - begin, last - first, param.numel()))
+            at = consecutive(*part)
+            held.append(Shard(names[param], part, first - begin, last - first, param.numel(), positions=at))
         offset += param.numel() + padding
     return held
 
@@ -418,7 +422,8 @@ class Stage3(InParts):
                 start = rank * padded
                 numel = max(0, min(padded, param.ds_numel - start))
                 if numel:
-                    held.append(Shard(names[param], (start, numel), offset, numel, param.ds_numel))
+                    at = consecutive(start, numel)
+                    held.append(Shard(names[param], (start, numel), offset, numel, param.ds_numel, positions=at))
                 offset += padded
             by_flat.append(held)
         return by_flat
