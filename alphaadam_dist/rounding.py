@@ -78,6 +78,15 @@ class Rounding:
     keys: Sequence[int]
     positions: Sequence[Positions]
 
+    def numbers(self) -> list[int]:
+        """As kernels take it: n, then of each tensor its key as a signed number, start, inner and stride."""
+        each = zip(self.keys, self.positions, strict=True)
+        return [self.n, *(x for key, at in each for x in (_signed(key), at.start, at.inner, at.stride))]
+
+
+def _signed(key: int) -> int:
+    return key - 2**64 if key >= 2**63 else key
+
 
 def key_of(seed: int, name: str) -> int:
     """The key of a model parameter's bits: BLAKE2b with 8 bytes of the seed in 8 bytes and the name in UTF-8."""

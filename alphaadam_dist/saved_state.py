@@ -254,6 +254,12 @@ def _described(tensor: Tensor) -> str:
     return f"of shape {tuple(tensor.shape)}{sharded}"
 
 
+_WHAT_CHANGES = {
+    "state_dtype": ": the moments were converted, to the nearest number where they lose places",
+    "rounding_seed": ": other random bits round from here on",
+}
+
+
 def take_over(
     kind: str, groups: Iterable[dict[str, Any]], defaults: Mapping[str, Any], hyperparameters: Iterable[str]
 ) -> None:
@@ -261,14 +267,11 @@ def take_over(
 
     What the constructor was told for the whole optimizer wins over what the checkpoint says, with a warning.
     """
+    changed: dict[str, Any] = {}
     for group in groups:
         for name in options.SHARED:
             if name in group and options.plain(name, group[name]) != defaults[name]:
-                warnings.warn(
-                    f"the checkpoint was written with {name}={group[name]!r}; going on with {name}={defaults[name]!r} "
-                    f"as given to {kind}(...)",
-                    stacklevel=4,
-                )
+                changed.setdefault(name, group[name])
             group[name] = defaults[name]
         group["fused"] = defaults["fused"]
         for name, value in defaults.items():
@@ -276,3 +279,9 @@ def take_over(
             group.setdefault(name, list(value) if isinstance(value, list) else value)
         for name in hyperparameters:
             group[name] = options.plain(name, group[name])
+    for name, value in changed.items():
+        warnings.warn(
+            f"the checkpoint was written with {name}={value!r}; going on with {name}={defaults[name]!r} as given to "
+            f"{kind}(...){_WHAT_CHANGES.get(name, '')}",
+            stacklevel=4,
+        )
