@@ -27,6 +27,8 @@ def prepare(engine: Any, optimizer: AlphaOptimizer, *, supported: bool) -> None:
     """
     if supported:
         internals.allow(type(optimizer))
+    if optimizer._run.options.state_dtype is not None:
+        internals.allow_bf16_offload(AlphaOptimizer)
     refusals.refuse(engine, optimizer)
 
 

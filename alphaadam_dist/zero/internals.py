@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -52,6 +53,7 @@ CLASS_NAMES = {
         "step", "unscale_and_clip_grads", "reduce_independent_p_g_buckets_and_remove_grads",
         "is_gradient_accumulation_boundary", "_finalize_offload_gradient_accumulation",
     ),
+    "deepspeed.runtime.base_optimizer.ZeROOptimizer": ("_configure_master_weights",),
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("step",),
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ("refresh_fp32_params",),
     "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
@@ -105,6 +107,23 @@ def allow(kind: type) -> None:
     """List an optimizer class among those that ZeRO supports, so that it needs no zero_allow_untested_optimizer."""
     if kind not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+def allow_bf16_offload(kind: type) -> None:
+    """Let an optimizer class step offloaded bf16 masters, which DeepSpeed leaves to its own CPU Adam."""
+    configure = ZeROOptimizer._configure_master_weights
+    if hasattr(configure, "alphaadam"):
+        return
+
+    @functools.wraps(configure)
+    def configured(zero: Any, *args: Any, **kwargs: Any) -> Any:
+        # all that the flag does there is to ask for DeepSpeedCPUAdam
+        return configure(
+            zero, *args, **kwargs | ({"offload_enabled": False} if isinstance(zero.optimizer, kind) else {})
+        )
+
+    configured.alphaadam = True  # type: ignore[attr-defined]
+    ZeROOptimizer._configure_master_weights = configured
 
 
 def check_instance(obj: Any) -> None:
