@@ -64,6 +64,7 @@ def _disagreement(held: Mapping[str, Any], group: dist.ProcessGroup, what: str) 
 
 def _held(optimizer: Persistent, layout: Layout, statistics: Statistics) -> dict[str, Any]:
     held: dict[str, Any] = dict(zip(("T", "alpha", "A", "C"), statistics.state(), strict=True))
+    held["n"] = optimizer._run.n
     chosen = optimizer._run.options
     if chosen.scope == "layer":
         held["alpha by layer"] = statistics.alphas()

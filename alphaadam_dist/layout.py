@@ -21,11 +21,13 @@ from torch import Tensor
 
 from . import rank_failures
 from .handshake import stop_together
+from .rounding import Positions, key_of
 from .shards import Shard
 from .torch_versions import all_gather_single
 
 SLICE_BYTES = 2 * 2**20  # of the exchange, in memory at a time
 EXCHANGE = "handshake (exchange of who holds which shard)"
+NOWHERE = Positions(0, 2**62, 2**62)  # of padding, whose random bits are of no element
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,8 @@ class Segment:
     """What a kernel takes of an optimizer parameter at a time: a shard, or the padding between shards.
 
     ``row`` is its row of the statistics buffer. ``owned`` is whether this rank counts it. ``late`` is how many updates
-    it is behind its optimizer parameter.
+    it is behind its optimizer parameter. ``key`` is of the model parameter and ``positions`` of the elements in it,
+    neither of padding.
     """
 
     start: int
@@ -42,6 +45,8 @@ class Segment:
     owned: bool
     whole: bool  # it is the optimizer parameter's whole local tensor, which then needs no cutting
     late: int = 0
+    key: str = ""
+    positions: Positions = NOWHERE
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +99,7 @@ class Layout:
     places: object = None
     left_out: tuple[Tensor, ...] = ()
     _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _keys_of_bits: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def several_devices(self) -> bool:
@@ -109,6 +115,14 @@ class Layout:
             owned = torch.tensor([s.owned for s in segments], dtype=torch.float64, device=self.device)
             self._indices[segments] = rows, owned
         return self._indices[segments]
+
+    def keys_of_bits(self, segments: tuple[Segment, ...], seed: int) -> list[int]:
+        """The key of the random bits of each segment's parameter."""
+        held = self._keys_of_bits
+        for segment in segments:
+            if (segment.key, seed) not in held:
+                held[segment.key, seed] = key_of(seed, segment.key)
+        return [held[segment.key, seed] for segment in segments]
 
 
 def _hash(value: Hashable) -> int:
@@ -263,20 +277,21 @@ def build_layout(
     number_of = {-1: -1, **{name: number for number, name in enumerate(sorted(agreed.sets))}}
     held_shards = tuple(
         HeldShard(s.key, s.place, s.start, s.numel, s.global_numel, param, hash in agreed.owned,
-                  agreed.replica_ids.get(hash, -1), number_of[agreed.holders.get(hash, -1)])
+                  agreed.replica_ids.get(hash, -1), number_of[agreed.holders.get(hash, -1)], positions=s.positions)
         for (param, s), (_, hash, _) in zip(pairs, hashed, strict=True)
     )  # fmt: skip
     row_of = {key: row for row, key in enumerate(sorted(agreed.numels))} if scope == "layer" else {}
     segments: dict[Tensor, tuple[Segment, ...]] = {}
     owns = iter([shard.owned for shard in held_shards])
     for param, held, whole in zip(params, shards, numels, strict=True):
-        spans = [(s.start, s.numel, row_of.get(_hash(s.key), 0), next(owns)) for s in held]
-        if merge and scope == "global" and all(own for *_, own in spans):
-            spans = [(0, whole, 0, True)]
-        segments[param] = tuple(
-            Segment(start, count, row, own, whole=count == whole)
-            for start, count, row, own in _with_padding(spans, whole)
-        )
+        own = [
+            Segment(s.start, s.numel, row_of.get(_hash(s.key), 0), next(owns), whole=s.numel == whole,
+                    key=s.key, positions=s.positions or NOWHERE)
+            for s in held
+        ]  # fmt: skip
+        if merge and scope == "global" and all(segment.owned for segment in own):
+            own = [Segment(0, whole, 0, owned=True, whole=True)]
+        segments[param] = tuple(_with_padding(own, whole))
     keys = {row_of[_hash(key)]: key for key in {*names, *(s.key for s in flat)} if _hash(key) in row_of}
     rows, numel = max(len(row_of), 1), agreed.numels.total()
     return Layout(
@@ -284,17 +299,17 @@ def build_layout(
     )
 
 
-def _with_padding(spans: Sequence[tuple[int, int, int, bool]], numel: int) -> list[tuple[int, int, int, bool]]:
-    """Fill the gaps between (start, numel, row, owned) with padding, which nobody owns and all update."""
-    full, position = [], 0
-    for start, count, row, own in spans:
-        if start > position:
-            full.append((position, start - position, row, False))
-        full.append((start, count, row, own))
-        position = start + count
+def _with_padding(segments: Sequence[Segment], numel: int) -> Iterator[Segment]:
+    """Fill the gaps between segments with padding, which nobody owns and all update."""
+    position = 0
+    for segment in segments:
+        if segment.start > position:
+            yield Segment(position, segment.start - position, segment.row, owned=False, whole=False)
+        yield segment
+        position = segment.start + segment.numel
     if position < numel:
-        full.append((position, numel - position, spans[-1][2] if spans else 0, False))
-    return full
+        row = segments[-1].row if segments else 0
+        yield Segment(position, numel - position, row, owned=False, whole=position == 0)
 
 
 def statistics_device(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> torch.device:

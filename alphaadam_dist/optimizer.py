@@ -20,6 +20,7 @@ from .import_hook import when_imported
 from .kernels import consensus
 from .options import FamilyOptions
 from .persistence import Persistent, Run
+from .rounding import INITIAL_ROUNDING
 from .statistics import INITIAL_STATE
 from .step import Step
 
@@ -53,8 +54,8 @@ class AlphaOptimizer(Persistent):
         one_model.refuse_zero_redundancy(kind)
         chosen = FamilyOptions(**given)
         defaults = {
-            **hyperparameters, **chosen.in_groups(), "alphaadam_state": INITIAL_STATE, "foreach": None,
-            "differentiable": False, **self.fixed,
+            **hyperparameters, **chosen.in_groups(), "alphaadam_state": INITIAL_STATE,
+            "alphaadam_rounding": INITIAL_ROUNDING, "foreach": None, "differentiable": False, **self.fixed,
         }  # fmt: skip
         self._check_group(defaults)
         self._run = Run(weakref.ref(self), chosen)

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Self
 
+from . import rounding
+
 CAPTURABLE = ("cuda",)
 """Devices whose steps a graph can hold."""
 
@@ -148,6 +150,21 @@ def _check_every(name: str, value: Any) -> int:
     return every
 
 
+def _check_state_dtype(name: str, value: Any) -> str | None:
+    named = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    if named is not None and (not isinstance(named, str) or named not in rounding.STATE_DTYPES):
+        served = " or ".join(map(repr, rounding.STATE_DTYPES))
+        raise ValueError(f"{name}={value!r} is not served: give {served}, or None for the parameters' own")
+    return named
+
+
+def _check_seed(name: str, value: Any) -> int:
+    seed = plain(name, value)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < rounding.SEEDS:
+        raise ValueError(f"{name}={value!r}: give a whole number, 0 or more and less than 2^64")
+    return seed
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilyOptions:
     """The options that all optimizers of the family take. They hold for the whole optimizer.
@@ -174,6 +191,10 @@ class FamilyOptions:
         verify_every: every so many steps check that all ranks hold the same statistics and options, and replicas the
             same parameters, from the first on; 0 is never, and N must be the same on every rank. One more all-reduce on
             those steps, also between replicas, which synchronises.
+        state_dtype: "bfloat16": moments in bf16, of parameters in fp32 or bf16. All is computed in fp32, and what is
+            kept in bf16 is rounded stochastically, by the same random bits under any sharding (see :mod:`.rounding`).
+            None: moments in the parameters' dtype, rounded as torch does.
+        rounding_seed: of these random bits, 0 or more and less than 2^64.
 
     Raises:
         ValueError: an option out of range, or options that contradict each other.
@@ -194,6 +215,8 @@ class FamilyOptions:
     capturable: bool = _flag()
     maximize: bool = _flag()
     verify_every: int = field(default=0, metadata={"check": _check_every})
+    state_dtype: str | None = field(default=None, metadata={"check": _check_state_dtype})
+    rounding_seed: int = field(default=0, metadata={"check": _check_seed})
 
     def __post_init__(self) -> None:
         """Check each by itself, its numbers as Python's own, then all against each other."""
@@ -219,6 +242,11 @@ class FamilyOptions:
                 f"capturable=True with verify_every={self.verify_every!r}: the check reads values on the host, which a "
                 "CUDA graph cannot. Leave verify_every=0, or capturable=False"
             )
+        if self.capturable and self.state_dtype is not None:
+            raise ValueError(
+                f"capturable=True with state_dtype={self.state_dtype!r}: the count of steps that makes the random bits "
+                "is on the host, where a CUDA graph would not see it move. Leave state_dtype=None, or capturable=False"
+            )
         if self.capturable and self.fused is False:
             raise ValueError(
                 "capturable=True with fused=False: only the fast kernels can be captured, leave fused=None"
@@ -226,8 +254,8 @@ class FamilyOptions:
 
     @classmethod
     def of(cls, group: Mapping[str, Any], **others: Any) -> Self:
-        """Those in a parameter group, and others that groups do not have."""
-        return cls(**{name: group[name] for name in IN_GROUPS}, **others)
+        """Those in a parameter group, and others that groups do not have. What an older group lacks has its default."""
+        return cls(**{name: group[name] for name in IN_GROUPS if name in group}, **others)
 
     def in_groups(self) -> dict[str, Any]:
         """Those that parameter groups show, and checkpoints with them."""
@@ -250,6 +278,8 @@ class Options(TypedDict, total=False):
     capturable: bool
     maximize: bool
     verify_every: int
+    state_dtype: str | None
+    rounding_seed: int
 
 
 NAMES = tuple(option.name for option in fields(FamilyOptions))

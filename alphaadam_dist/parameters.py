@@ -10,6 +10,7 @@ from . import model_ranks, one_model, replicas
 from .kernels import consensus
 from .layout import Layout, build_layout, statistics_device
 from .persistence import Persistent
+from .rounding import PARAMETER_DTYPES
 from .shards import Shard, clean_names, fsdp1
 from .shards.select import shards_of
 from .tensors import check_kind, check_places, local
@@ -21,7 +22,28 @@ IDLE_STEPS = 3
 def check(optimizer: Persistent, first_group: int = 0) -> None:
     """Raise ValueError or RuntimeError for a parameter, from a group on, that cannot be served."""
     for name, param in served(optimizer, first_group):
-        _shards_of(optimizer, name, param)
+        _check_rounding(optimizer, name, param, _shards_of(optimizer, name, param))
+
+
+def _check_rounding(optimizer: Persistent, name: str, param: Tensor, shards: Sequence[Shard]) -> None:
+    """Raise ValueError for a parameter whose state cannot be rounded alike under any sharding."""
+    state_dtype = optimizer._run.options.state_dtype
+    if state_dtype is None:
+        return
+    if param.dtype not in PARAMETER_DTYPES:
+        taken = " and ".join(str(dtype).removeprefix("torch.") for dtype in PARAMETER_DTYPES)
+        raise ValueError(
+            f"parameter {name!r} has dtype {param.dtype} and state_dtype={state_dtype!r}: that takes parameters in "
+            f"{taken}. Convert it, with param.data = param.data.bfloat16() before the optimizer is built, or leave "
+            "state_dtype=None"
+        )
+    if any(shard.positions is None for shard in shards):
+        raise ValueError(
+            f"parameter {name!r} is a shard of which nobody knows where it stands in the whole, and "
+            f"state_dtype={state_dtype!r}: its random bits depend on that. Under FSDP1 give use_orig_params=False, or "
+            "shard with FSDP2; of a DTensor split one dimension, or the first and one more, evenly; or leave "
+            "state_dtype=None"
+        )
 
 
 def check_ranks(optimizer: Persistent) -> None:

@@ -6,18 +6,20 @@ import copy
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from . import options, saved_state
 from .layout import Layout
 from .options import FamilyOptions
+from .rounding import FORMAT, INITIAL_ROUNDING, STATE_DTYPES
 from .shards import fsdp1
 from .statistics import INITIAL_STATE, Statistics
 
@@ -52,6 +54,8 @@ class Run:
         driver: the backend that shards the model in the optimizer's place.
         warned: keys of parameter groups that were warned of.
         idle_steps: how many steps have had no gradient on this rank; None once one had, or once that was said.
+        n: steps applied to the whole model, from the first whose learning rate is not 0; rounding reads it.
+        published_rounding: as ``published``, of n.
     """
 
     owner: weakref.ref[Persistent]
@@ -63,11 +67,22 @@ class Run:
     driver: Driver | None = None
     warned: set[str] = field(default_factory=set)
     idle_steps: int | None = 0
+    n: int = 0
+    published_rounding: list[int] | None = None
+
+    def count_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """A step has been applied. Not one with which torch's checkpoints make state: the first ones at a rate of 0."""
+        if self.n > 0 or any(_moves(group["lr"]) for group in groups):
+            self.n += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         """That of the owner's copy: a run of its own, for the wrapper's copy as well."""
         run: Run = copy.deepcopy(self.owner(), memo)._run  # type: ignore[union-attr]
         return run
+
+
+def _moves(lr: float | Tensor) -> bool:
+    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0  # reading a device would synchronise
 
 
 class Persistent(Optimizer):
@@ -142,7 +157,10 @@ class Persistent(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises."""
+        """torch's state_dict with ``alphaadam_state = [T, alpha, A, C]`` in every group. Synchronises.
+
+        ``alphaadam_rounding = [format, n]`` stands beside it.
+        """
         self._publish()
         state_dict = super().state_dict()
         for group in state_dict.get("param_groups", ()):  # a scheduler may have written numpy's numbers into them
@@ -162,16 +180,26 @@ class Persistent(Optimizer):
             values = saved_state.statistics(held)
             self._run.statistics.load(values)
             self._put(values)
+        held = self.param_groups[0].get("alphaadam_rounding", INITIAL_ROUNDING)
+        if held is not self._run.published_rounding:
+            self._run.n = saved_state.steps_of(held)
+            self._put_rounding()
         return self._run.statistics
 
     def _publish(self) -> None:
         """Write the statistics of the device into every parameter group."""
         self._put(self._adopt().state())
+        self._put_rounding()
 
     def _put(self, state: list[float]) -> None:
         self._run.published = state
         for group in self.param_groups:
             group["alphaadam_state"] = state
+
+    def _put_rounding(self) -> None:
+        self._run.published_rounding = [FORMAT, self._run.n]
+        for group in self.param_groups:
+            group["alphaadam_rounding"] = self._run.published_rounding
 
     # ---- copies and pickles ---------------------------------------------------------------------------------------
 
@@ -221,6 +249,10 @@ class Persistent(Optimizer):
                 # a copy: a checkpoint may make parameters share one, which capturable counts up in place
                 step = torch.as_tensor(held["step"], dtype=torch.float32, device=device)
                 held["step"] = step.detach().reshape(()).clone()
+            dtype = STATE_DTYPES.get(self.defaults["state_dtype"] or "", param.dtype)
+            for name in self.moments:
+                if held and isinstance(held.get(name), Tensor) and held[name].dtype != dtype:
+                    held[name] = held[name].to(dtype)
         # nothing can fail any more; in place, for the wrappers that hold these containers
         if groups is not self.param_groups:
             self.param_groups[:] = groups
@@ -231,6 +263,7 @@ class Persistent(Optimizer):
     def _unpickle(self, state: dict[str, Any]) -> None:
         left_out, marks = state.pop("group_left_out", False), state.pop("marks", ())
         chosen = FamilyOptions.of(state["defaults"], sharding=state.pop("sharding", "auto"))
+        state["defaults"] = {**chosen.in_groups(), "alphaadam_rounding": INITIAL_ROUNDING, **state["defaults"]}
         super().__setstate__(state)
         for param, its_marks in zip((p for group in self.param_groups for p in group["params"]), marks, strict=False):
             vars(param).update(its_marks)

@@ -39,6 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rounding import Rounding, consecutive, key_of, round_into_
+
 
 def classify(grad: Tensor, exp_avg: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
     """Judge every coordinate: (agree, conflict), two bool tensors of grad's shape; neutral is neither.
@@ -174,27 +176,55 @@ def sgd_(
     add_scaled_(param, direction * f, size_of(lr))
 
 
+def rounded_(
+    direction: Callable[..., None],
+    param: Tensor,
+    grad: Tensor,
+    moments: Sequence[Tensor],
+    f: Tensor,
+    rounding: Rounding,
+    at: int,
+    **hyperparameters: Any,
+) -> None:
+    """One update in fp32 of what is kept in bf16, rounded back by the bits of the list's tensor ``at``.
+
+    ``grad`` and ``f`` are fp32, ``moments`` bf16, ``param`` bf16, or fp32, which is then updated as it is. Mutates
+    param and moments.
+    """
+    kept = [param, *moments]
+    wide = [tensor if tensor.dtype == torch.float32 else tensor.float() for tensor in kept]
+    direction(wide[0], grad, *wide[1:], f, **hyperparameters)
+    for number, (into, value) in enumerate(zip(kept, wide, strict=True)):
+        if into is not value:
+            round_into_(into, value, rounding, at, number)
+
+
 @dataclass
 class Coordinates:
     """One parameter tensor with its moments and hyperparameters, as :func:`step_` takes it.
 
     ``moments`` and ``hyperparameters`` are those of the direction; where that takes ``step``, the hyperparameters
-    hold the number of updates so far.
+    hold the number of updates so far. ``name`` is the parameter's in the model, which rounding reads.
     """
 
     param: Tensor
     moments: list[Tensor]
     hyperparameters: dict[str, Any]
+    name: str = ""
 
 
 @dataclass
 class Memory:
-    """What a run carries from step to step beside the moments: T, and alpha, A and C of the last step with evidence."""
+    """What a run carries from step to step beside the moments: T, and alpha, A and C of the last step with evidence.
+
+    ``n`` counts all steps, also those without evidence, from the first whose learning rate is not 0.
+    """
 
     applied: float = 0.0
     alpha: float = 1.0
     agree: float = 0.0
     conflict: float = 0.0
+    n: int = 0
 
 
 def step_(
@@ -211,6 +241,8 @@ def step_(
     sync: str = "exact",
     clip_norm: float | None = None,
     maximize: bool = False,
+    state_dtype: str | None = None,
+    rounding_seed: int = 0,
 ) -> list[float]:
     """One whole step of the rule over all parameters of a model, in one process. Mutates model and memory.
 
@@ -218,15 +250,19 @@ def step_(
     parameter was updated with. ``sync="delayed"`` takes alpha from the counts of the step before. A gradient None
     means no evidence, no update, no decay; a step without any evidence leaves memory as it is. ``clip_norm`` scales
     the gradients by min(1, clip_norm / (global L2 norm + 1e-6)) first, as torch's clip_grad_norm_ does.
+    ``state_dtype="bfloat16"``: moments are bf16, parameters bf16 or fp32; all is computed in fp32, and what is bf16 is
+    rounded as rounding.py says.
     """
     present = [(c, -g if maximize else g) for c, g in zip(model, grads, strict=True) if g is not None]
+    if state_dtype is not None:
+        present = [(c, g.float()) for c, g in present]
     if clip_norm is not None:
         squares = [g.double().square().sum() for _, g in present]
         norm = sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
         coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         present = [(c, g * coefficient.to(g.dtype)) for c, g in present]
 
-    masks = [classify(g, c.moments[0], threshold) for c, g in present]
+    masks = [classify(g, c.moments[0].to(g.dtype) if state_dtype else c.moments[0], threshold) for c, g in present]
     rows = [[int(agree.sum()), int(conflict.sum())] for agree, conflict in masks]
     counts = torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, 2)  # also where no gradient is there
     total = counts.sum(0)
@@ -243,11 +279,19 @@ def step_(
 
     applied = torch.tensor(memory.applied + 1, dtype=torch.float64, device="cpu")
     f_agree, f_conflict = strengths(per_parameter, applied, gamma, alpha_warmup)
+    n = memory.n + 1
     for (c, g), (agree, conflict), f in zip(present, masks, f_agree, strict=True):
         if "step" in c.hyperparameters:
             c.hyperparameters["step"] += 1
-        direction(c.param, g, *c.moments, factor(agree, conflict, f, f_conflict, g.dtype), **c.hyperparameters)
+        by = factor(agree, conflict, f, f_conflict, g.dtype)
+        if state_dtype is None:
+            direction(c.param, g, *c.moments, by, **c.hyperparameters)
+        else:
+            rounding = Rounding(n, [key_of(rounding_seed, c.name)], [consecutive(0, g.numel())])
+            rounded_(direction, c.param, g, c.moments, by, rounding, 0, **c.hyperparameters)
 
+    if memory.n > 0 or any(float(c.hyperparameters["lr"]) != 0 for c in model):
+        memory.n = n
     if total.sum() > 0:
         memory.applied, memory.alpha = float(applied), float(alpha)
         memory.agree, memory.conflict = (float(x) for x in total)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import options
+from .rounding import FORMAT
 from .tensors import is_dtensor, local
 
 OTHER_MOMENTS = frozenset(
@@ -71,17 +72,18 @@ def check_groups(
             check_group({**defaults, **group})
         except ValueError as error:
             raise ValueError(f"parameter group {i} of the checkpoint: {error}") from None
-    _check_statistics(groups)
+    _check_of_the_model(groups, "alphaadam_state", statistics)
+    _check_of_the_model(groups, "alphaadam_rounding", steps_of)
 
 
-def _check_statistics(groups: Sequence[Mapping[str, Any]]) -> None:
-    """All groups have the same alphaadam_state, or none has one, as those that AdamW wrote."""
-    held = {i: statistics(group["alphaadam_state"]) for i, group in enumerate(groups) if "alphaadam_state" in group}
+def _check_of_the_model(groups: Sequence[Mapping[str, Any]], name: str, read: Callable[[Any], Any]) -> None:
+    """All groups have the same value of this name, or none has one, as those that AdamW wrote."""
+    held = {i: read(group[name]) for i, group in enumerate(groups) if name in group}
     for i in range(len(groups)):
         if held and held.get(i) != next(iter(held.values())):
             first = next(iter(held))
             raise ValueError(
-                f"alphaadam_state is {held[first]} in parameter group {first} of the checkpoint and "
+                f"{name} is {held[first]} in parameter group {first} of the checkpoint and "
                 f"{held.get(i, 'missing')} in group {i}: it is the whole model's, so the groups are not of one run. "
                 "Give all of them that of the run to go on with, or remove it from all to start the statistics anew"
             )
@@ -107,6 +109,20 @@ def statistics(value: Any) -> list[float]:
             "anew"
         )
     return held
+
+
+def steps_of(value: Any) -> int:
+    """n of [format, n]. Raises ValueError where it cannot come from any run, or is of another format."""
+    try:
+        version, n = (int(number) if _real(number).is_integer() else -1 for number in value)
+    except (TypeError, ValueError):
+        version, n = -1, -1
+    if version != FORMAT or n < 0:
+        raise ValueError(
+            f"alphaadam_rounding={value!r} is no [{FORMAT}, n] of a run, the format of the random bits that round and "
+            "the number of steps: load it with the release that wrote it, or remove it from all groups to count anew"
+        )
+    return n
 
 
 def _real(value: Any) -> float:
@@ -237,6 +253,12 @@ def _described(tensor: Tensor) -> str:
     return f"of shape {tuple(tensor.shape)}{sharded}"
 
 
+_WHAT_CHANGES = {
+    "state_dtype": ": the moments were converted, to the nearest number where they lose places",
+    "rounding_seed": ": other random bits round from here on",
+}
+
+
 def take_over(
     kind: str, groups: Iterable[dict[str, Any]], defaults: Mapping[str, Any], hyperparameters: Iterable[str]
 ) -> None:
@@ -244,18 +266,21 @@ def take_over(
 
     What the constructor was told for the whole optimizer wins over what the checkpoint says, with a warning.
     """
+    changed: dict[str, Any] = {}
     for group in groups:
         for name in options.SHARED:
             if name in group and options.plain(name, group[name]) != defaults[name]:
-                warnings.warn(
-                    f"the checkpoint was written with {name}={group[name]!r}; going on with {name}={defaults[name]!r} "
-                    f"as given to {kind}(...)",
-                    stacklevel=4,
-                )
+                changed.setdefault(name, group[name])
             group[name] = defaults[name]
         group["fused"] = defaults["fused"]
         for name, value in defaults.items():
             # a list of its own: the optimizer sees by identity that somebody else put it there
-            group.setdefault(name, list(value) if name == "alphaadam_state" else value)
+            group.setdefault(name, list(value) if isinstance(value, list) else value)
         for name in hyperparameters:
             group[name] = options.plain(name, group[name])
+    for name, value in changed.items():
+        warnings.warn(
+            f"the checkpoint was written with {name}={value!r}; going on with {name}={defaults[name]!r} as given to "
+            f"{kind}(...){_WHAT_CHANGES.get(name, '')}",
+            stacklevel=4,
+        )

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import consistency, options, parameters
+from . import consistency, options, parameters, rounding
 from .kernels import consensus
 from .kernels.reference import squared_norms
-from .layout import Layout
+from .layout import Layout, Segment
 from .local_tensors import LocalTensors, Owned, by_device, local_tensors, owned_of_flat
 from .persistence import Persistent
+from .rounding import Rounding
 from .tensors import is_dtensor, local
 
 _AFTER = {
@@ -90,16 +91,18 @@ class Step:
                 momentum = local(self._state(param)[self._optimizer.moments[0]])
                 owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
         threshold, clip = self._options.threshold, self._options.clip_norm is not None
+        wide = self._options.state_dtype is not None
         lists = by_device(owned, self._layout)
         if clip and threshold > 0:
             for segments, grads, momenta in lists:
-                self._statistics.add_norms(segments, squared_norms(grads, momenta))
+                self._statistics.add_norms(segments, squared_norms(grads, momenta, wide=wide))
             self._statistics.reduce_norm()
             scale = self._statistics.clip_coefficient()
         for segments, grads, momenta in lists:
             counts, norms = self._kernels(grads).count(
-                grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0
-            )
+                grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0,
+                wide=wide,
+            )  # fmt: skip
             if norms is not None:
                 self._statistics.add_norms(segments, norms)
             self._statistics.add(segments, counts)
@@ -128,6 +131,7 @@ class Step:
                 counting=delayed,
                 steps=part.advance_steps(self._options.capturable) if optimizer.counts_steps else None,
                 hyperparameters={name: options.plain(name, group[name]) for name in optimizer.hyperparameters},
+                rounding=self._rounding(part.segments),
             )
             if counts is not None:
                 self._statistics.add(part.segments, counts)
@@ -138,6 +142,7 @@ class Step:
         Raises RuntimeError out of order.
         """
         self._advance("close", "closed")
+        self._optimizer._run.count_step(self._optimizer.param_groups)
         if self._options.sync == "delayed":
             self._statistics.close()
         parameters.note_gradients(self._optimizer, self._layout, self._stepped)
@@ -164,6 +169,13 @@ class Step:
             return scale
         return -1.0 if scale is None else -scale
 
+    def _rounding(self, segments: tuple[Segment, ...]) -> Rounding | None:
+        """How these segments are rounded in this step; None where nothing is."""
+        if self._options.state_dtype is None:
+            return None
+        keys = self._layout.keys_of_bits(segments, self._options.rounding_seed)
+        return Rounding(self._optimizer._run.n + 1, keys, [segment.positions for segment in segments])
+
     def _kernels(self, tensors: Sequence[Tensor]) -> ModuleType:
         """Those for the device of these tensors, of which there is one or more."""
         return consensus.choose(self._options, self._layout, tensors[0].device)
@@ -177,6 +189,7 @@ class Step:
                 device = param.device if self._options.capturable else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             like = param if is_dtensor(param) else local(param)
+            dtype = rounding.STATE_DTYPES.get(self._options.state_dtype or "")
             for name in optimizer.moments:
-                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format, dtype=dtype)
         return state

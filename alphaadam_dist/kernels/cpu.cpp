@@ -16,6 +16,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "rounding.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -90,7 +92,7 @@ void with_gradient(const Tensor& grad, const Chunk& chunk, const Body& body) {
   }
 }
 
-// body.template operator()<T, G>() for the types of a moment and a gradient.
+// body.template operator()<T, G>() for the type that is computed in and the gradient's. In fp32 where a moment is bf16.
 template <typename Body>
 void typed(const Tensor& moment, const Tensor& grad, const Body& body) {
   const auto with_grad = [&](auto zero) {
@@ -248,23 +250,108 @@ Counts sweep(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restr
   return {evidence - conflict, conflict};
 }
 
+// ---- what is kept in bf16: rounding.py
+
+// Where the elements of a tensor stand in the model parameter, and what the random bits that round them are made of.
+struct Rounding {
+  int64_t start, inner, stride;  // element j of the tensor is start + j / inner * stride + j % inner
+  uint64_t key;
+  uint32_t n;
+};
+
+constexpr int64_t kNumbers = 4;  // of a tensor in the operators' `rounding`: key, start, inner, stride; n is before them
+
+Rounding rounding_of(at::IntArrayRef numbers, int64_t tensor) {
+  const int64_t* own = numbers.data() + 1 + kNumbers * tensor;
+  return {own[1], own[2], own[3], static_cast<uint64_t>(own[0]), static_cast<uint32_t>(numbers[0])};
+}
+
+// body(element, place in the parameter, size) for runs that are consecutive in both and touch few blocks of random bits.
+template <typename Body>
+void for_each_run(const Rounding& rounding, const Chunk& chunk, const Body& body) {
+  for (int64_t at = chunk.begin, end = chunk.begin + chunk.size; at < end;) {
+    const int64_t column = at % rounding.inner, place = rounding.start + at / rounding.inner * rounding.stride + column;
+    const int64_t size = std::min({rounding.inner - column, end - at, kBlock - place % rounding::kBlock});
+    body(at, place, size);
+    at += size;
+  }
+}
+
+// A tensor in fp32 for a while: itself, or a run of bf16 elements, placed in their blocks, that is rounded back.
+struct Wide {
+  uint16_t* kept = nullptr;  // in bf16
+  float* own = nullptr;      // in fp32
+  alignas(64) float values[kBlock] = {};
+
+  explicit Wide(const Tensor& tensor) {
+    if (tensor.scalar_type() == at::kFloat)
+      own = tensor.mutable_data_ptr<float>();
+    else
+      kept = reinterpret_cast<uint16_t*>(tensor.mutable_data_ptr<at::BFloat16>());
+  }
+
+  float* open(int64_t at, int64_t offset, int64_t n) {
+    if (own != nullptr) return own + at;
+    widen(reinterpret_cast<const at::BFloat16*>(kept + at), values + offset, n);
+    return values + offset;
+  }
+
+  void close(int64_t at, int64_t place, int64_t n, const rounding::Stream& stream) {
+    if (own != nullptr) return;
+    const int64_t offset = place % rounding::kBlock;
+    alignas(64) uint32_t bits[rounding::kBlock];
+    alignas(64) uint16_t rounded[kBlock];
+    for (int64_t i = 0; i < offset + n; i += rounding::kBlock) {
+      rounding::random_bits(stream, (place - offset + i) / rounding::kBlock, bits);
+      rounding::round_block(values + i, bits, rounded + i);
+    }
+    std::memcpy(kept + at, rounded + offset, n * sizeof(uint16_t));
+  }
+};
+
+// One update of a chunk whose moments are kept in bf16.
+template <bool kThreshold, typename G, typename Direction>
+Counts sweep_rounded(const Tensor& param, const Tensor& grad, const Tensor& first, const Tensor* second,
+                     const Chunk& chunk, const Mask<float> mask, const Direction direction, const Rounding& rounding) {
+  Wide p(param), m(first), v(second == nullptr ? first : *second);
+  const G* grads = grad.const_data_ptr<G>();
+  float g[kBlock];
+  Counts counts;
+  for_each_run(rounding, chunk, [&](int64_t at, int64_t place, int64_t n) {
+    const int64_t offset = place % rounding::kBlock;
+    widen(grads + at, g, n);
+    float *param_at = p.open(at, offset, n), *first_at = m.open(at, offset, n);
+    float* second_at = Direction::kSecondMoment ? v.open(at, offset, n) : nullptr;
+    const Counts some = sweep<kThreshold>(param_at, g, first_at, second_at, n, mask, direction);
+    counts.agree += some.agree;
+    counts.conflict += some.conflict;
+    p.close(at, place, n, {rounding.key, rounding.n, 0});
+    m.close(at, place, n, {rounding.key, rounding.n, 1});
+    if constexpr (Direction::kSecondMoment) v.close(at, place, n, {rounding.key, rounding.n, 2});
+  });
+  return counts;
+}
+
 // ---- the operators: each returns counts without rows, having done nothing, where it does not serve the tensors
 
 // Can the passes read lists of one length as flat memory? The gradients come first, then what is of the state's own
-// dtype. Asked here and not by the caller: handing 300 small tensors over from Python takes longer than updating them.
-bool serves(std::initializer_list<TensorList> lists) {
+// dtype, or with `wide` moments in bf16 and parameters in that or fp32. Asked here and not by the caller: handing 300
+// small tensors over from Python takes longer than updating them.
+bool serves(std::initializer_list<TensorList> lists, bool wide) {
   const TensorList grads = *lists.begin();
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor& grad = grads[i];
     const auto type = grad.scalar_type(), own = lists.begin()[1][i].scalar_type();
     if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return false;
-    if (own != at::kFloat && own != at::kDouble) return false;
+    if (own != at::kFloat && own != (wide ? at::kBFloat16 : at::kDouble)) return false;
     for (const TensorList list : lists) {
       if (list.empty()) continue;
       const Tensor& tensor = list[i];
       if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != grad.numel()) return false;
       if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) return false;  // a subclass without memory of its own
-      if (list.data() != grads.data() && tensor.scalar_type() != own) return false;
+      if (wide && !(tensor.is_contiguous() && grad.is_contiguous())) return false;
+      const bool moment = list.data() != grads.data() && (list.data() != lists.begin()[1].data() || lists.size() == 2);
+      if (list.data() != grads.data() && tensor.scalar_type() != (wide && moment ? at::kBFloat16 : own)) return false;
       if (!(tensor.is_contiguous() && grad.is_contiguous()) &&
           !(tensor.is_non_overlapping_and_dense() && tensor.strides() == grad.strides()))
         return false;
@@ -286,23 +373,34 @@ Tensor sum_by_tensor(const std::vector<Chunk>& chunks, const std::vector<Counts>
 }
 
 // Counts, int64 (n, 2): agree and conflict; squared norms of the gradients as they are, float64 (n), or none.
-std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms) {
-  if (!serves({grads, moments})) return {not_served(), at::zeros({0}, at::kDouble)};
+std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms,
+                                 bool wide) {
+  if (!serves({grads, moments}, wide)) return {not_served(), at::zeros({0}, at::kDouble)};
   const auto chunks = chunks_of(grads);
   std::vector<Counts> counted(chunks.size());
   std::vector<double> squared(norms ? chunks.size() : 0);
   for_each(grads, chunks, [&](int64_t i, const Chunk& chunk) {
     const Tensor &grad = grads[chunk.tensor], &moment = moments[chunk.tensor];
     typed(moment, grad, [&]<typename T, typename G>() {
-      const T* m = moment.const_data_ptr<T>();
       const T factor = static_cast<T>(scale), bound = static_cast<T>(threshold);
-      with_gradient<T, G>(grad, chunk, [&](int64_t at, const T* g, int64_t n) {
-        const Counts some = threshold > 0 ? judge<true>(g, m + at, n, factor, bound)
-                                          : judge<false>(g, m + at, n, factor, bound);
+      const auto take = [&](const T* g, const T* m, int64_t n) {
+        const Counts some = threshold > 0 ? judge<true>(g, m, n, factor, bound) : judge<false>(g, m, n, factor, bound);
         counted[i].agree += some.agree;
         counted[i].conflict += some.conflict;
         if (norms) squared[i] += squares(g, n);
-      });
+      };
+      if (wide) {
+        T g[kBlock], m[kBlock];
+        for (int64_t at = chunk.begin; at < chunk.begin + chunk.size; at += kBlock) {
+          const int64_t n = std::min(kBlock, chunk.begin + chunk.size - at);
+          widen(grad.const_data_ptr<G>() + at, g, n);
+          widen(moment.const_data_ptr<at::BFloat16>() + at, m, n);
+          take(g, m, n);
+        }
+        return;
+      }
+      const T* m = moment.const_data_ptr<T>();
+      with_gradient<T, G>(grad, chunk, [&](int64_t at, const T* g, int64_t n) { take(g, m + at, n); });
     });
   });
   Tensor squared_norms = at::zeros({norms ? static_cast<int64_t>(grads.size()) : 0}, at::kDouble);
@@ -311,11 +409,12 @@ std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double th
   return {sum_by_tensor(chunks, counted, grads.size()), squared_norms};
 }
 
-// One update of tensors that share hyperparameters: for each its direction, made by `direct` for (T, index).
+// One update of tensors that share hyperparameters: for each its direction, made by `direct` for (T, index). `rounding`
+// is empty, or holds n and the numbers of each tensor.
 template <typename Direct>
 Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList seconds, const Tensor& strengths,
-              double threshold, double scale, const Direct& direct) {
-  if (!serves({grads, params, firsts, seconds})) return not_served();
+              double threshold, double scale, at::IntArrayRef rounding, const Direct& direct) {
+  if (!serves({grads, params, firsts, seconds}, !rounding.empty())) return not_served();
   const auto chunks = chunks_of(params);
   std::vector<Counts> counted(chunks.size());
   const Tensor by_tensor = strengths.contiguous();
@@ -325,6 +424,14 @@ Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList
     typed(firsts[t], grads[t], [&]<typename T, typename G>() {
       const Mask<T> mask{static_cast<T>(scale), static_cast<T>(threshold), static_cast<T>(f[0]), static_cast<T>(f[1])};
       const auto direction = direct.template operator()<T>(t);
+      if constexpr (std::is_same_v<T, float>)
+        if (!rounding.empty()) {
+          const Tensor* second = seconds.empty() ? nullptr : &seconds[t];
+          const auto pass = threshold > 0 ? sweep_rounded<true, G, std::decay_t<decltype(direction)>>
+                                          : sweep_rounded<false, G, std::decay_t<decltype(direction)>>;
+          counted[i] = pass(params[t], grads[t], firsts[t], second, chunk, mask, direction, rounding_of(rounding, t));
+          return;
+        }
       T *p = params[t].mutable_data_ptr<T>(), *m = firsts[t].mutable_data_ptr<T>();
       T* v = seconds.empty() ? nullptr : seconds[t].mutable_data_ptr<T>();
       with_gradient<T, G>(grads[t], chunk, [&](int64_t at, const T* g, int64_t n) {
@@ -343,38 +450,39 @@ Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList
 
 Tensor adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,
              double threshold, double scale, double decay, at::ArrayRef<double> sizes, at::ArrayRef<double> steps,
-             double beta1, double beta2, double eps) {
-  return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, [&]<typename T>(int64_t t) {
-    return Adam<T>(steps[t], decay, sizes[t], beta1, beta2, eps);
-  });
+             double beta1, double beta2, double eps, at::IntArrayRef rounding) {
+  return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, rounding,
+                [&]<typename T>(int64_t t) { return Adam<T>(steps[t], decay, sizes[t], beta1, beta2, eps); });
 }
 
 Tensor lion_(TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& strengths, double threshold,
-             double scale, double decay, double size, double beta1, double beta2) {
-  return update(params, grads, exp_avgs, {}, strengths, threshold, scale,
+             double scale, double decay, double size, double beta1, double beta2, at::IntArrayRef rounding) {
+  return update(params, grads, exp_avgs, {}, strengths, threshold, scale, rounding,
                 [&]<typename T>(int64_t) { return Lion<T>(decay, size, beta1, beta2); });
 }
 
 Tensor sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& strengths, double threshold,
-            double scale, double decay, double size, double momentum, bool nesterov) {
-  return update(params, grads, momentum_buffers, {}, strengths, threshold, scale,
+            double scale, double decay, double size, double momentum, bool nesterov, at::IntArrayRef rounding) {
+  return update(params, grads, momentum_buffers, {}, strengths, threshold, scale, rounding,
                 [&]<typename T>(int64_t) { return Sgd<T>(decay, size, momentum, nesterov); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY(alphaadam, library) {
-  library.def("count(Tensor[] grads, Tensor[] moments, float threshold, float scale, bool norms) -> (Tensor, Tensor)");
+  library.def(
+      "count(Tensor[] grads, Tensor[] moments, float threshold, float scale, bool norms, bool wide=False) -> "
+      "(Tensor, Tensor)");
   library.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor strengths, "
-      "float threshold, float scale, float decay, float[] sizes, float[] steps, float beta1, float beta2, float eps)"
-      " -> Tensor");
+      "float threshold, float scale, float decay, float[] sizes, float[] steps, float beta1, float beta2, float eps, "
+      "int[] rounding=[]) -> Tensor");
   library.def(
       "lion_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor strengths, float threshold, "
-      "float scale, float decay, float size, float beta1, float beta2) -> Tensor");
+      "float scale, float decay, float size, float beta1, float beta2, int[] rounding=[]) -> Tensor");
   library.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor strengths, float threshold, "
-      "float scale, float decay, float size, float momentum, bool nesterov) -> Tensor");
+      "float scale, float decay, float size, float momentum, bool nesterov, int[] rounding=[]) -> Tensor");
 }
 
 // For tensors of every device, so that a list that is not all on the CPU is told so, too.

@@ -1,9 +1,10 @@
 """The CPU kernels: one pass over memory for each of the two acts, in C++ (cpu.cpp).
 
-They take fp32 and fp64 state with gradients in those or in 16 bits. Other lists, and directions that cpu.cpp does not
-have, go to the reference kernels. Against those, counts are equal, and parameters bitwise equal except where torch's
-own sqrt is not the correctly rounded one (MKL's, on AMD processors, is off in the last bit for one number in five):
-there they are within four units in the last place of what is added.
+They take fp32 and fp64 state with gradients in those or in 16 bits, and bf16 state that rounding.py rounds, of fp32 and
+bf16 parameters. Other lists, and directions that cpu.cpp does not have, go to the reference kernels. Against those,
+counts are equal, and parameters bitwise equal except where torch's own sqrt is not the correctly rounded one (MKL's, on
+AMD processors, is off in the last bit for one number in five): there they are within four units in the last place of
+what is added.
 """
 
 import functools
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import rule
+from ..rounding import Rounding
 from . import build, reference
 
 Unavailable = build.Unavailable
@@ -45,7 +47,7 @@ def _describe() -> None:
 
 
 def _fake_count(
-    grads: list[Tensor], momenta: list[Tensor], threshold: float, scale: float, norms: bool
+    grads: list[Tensor], momenta: list[Tensor], threshold: float, scale: float, norms: bool, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
     squared_norms = torch.empty(len(grads) if norms else 0, dtype=torch.float64, device="cpu")
     return _fake_counts(grads), squared_norms
@@ -62,13 +64,14 @@ def count(
     threshold: float,
     scale: Tensor | float | None,
     norms: bool = False,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference.count`, reading each tensor once, also for the norms."""
     if grads:  # torch cannot tell where an operator without a tensor belongs
-        counts, squared_norms = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms)
+        counts, squared_norms = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms, wide)
         if len(counts):
             return counts, squared_norms if norms else None
-    return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms)
+    return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
 
 
 def update(
@@ -83,18 +86,20 @@ def update(
     counting: bool,
     steps: list[float] | None,
     hyperparameters: Mapping[str, Any],
+    rounding: Rounding | None = None,
 ) -> Tensor | None:
     """As :func:`reference.update`, in one pass and without temporary tensors."""
     if direction in _KERNELS and grads:
         operator, numbers = _KERNELS[direction]
         counts = getattr(torch.ops.alphaadam, operator)(
-            params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters)
-        )
+            params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters),
+            [] if rounding is None else rounding.numbers(),
+        )  # fmt: skip
         if len(counts):
             return counts if counting else None
     return reference.update(
         direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
-        counting=counting, steps=steps, hyperparameters=hyperparameters,
+        counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import rule
+from ..rounding import Rounding
 
 
 def count(
@@ -20,6 +21,7 @@ def count(
     threshold: float,
     scale: Tensor | float | None,
     norms: bool = False,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Agreeing and conflicting coordinates of each shard: int64 of shape (n, 2). Mutates nothing.
 
@@ -27,18 +29,20 @@ def count(
         scale: a number or 0-dim tensor that makes ``grads`` true gradients: each is multiplied by it, the same float
             operation an unscaling in place would do. None: they are.
         norms: return the squared L2 norm of each gradient before scaling, too: float64 of shape (n,).
+        wide: compute in fp32, as before an update that rounds; else in the moment's dtype.
     """
     rows = []
     for grad, momentum in zip(grads, momenta, strict=True):
-        agree, conflict = rule.classify(_true(grad, scale, momentum.dtype), momentum, threshold)
+        moment = momentum.float() if wide else momentum
+        agree, conflict = rule.classify(_true(grad, scale, moment.dtype), moment, threshold)
         rows.append(torch.stack((agree.sum(), conflict.sum())))
-    return _stacked(rows), squared_norms(grads, momenta) if norms else None
+    return _stacked(rows), squared_norms(grads, momenta, wide=wide) if norms else None
 
 
-def squared_norms(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> Tensor:
-    """Squared L2 norm of each shard's gradient in the dtype of its moment: float64 of shape (n,). Mutates nothing."""
+def squared_norms(grads: Sequence[Tensor], momenta: Sequence[Tensor], *, wide: bool = False) -> Tensor:
+    """Squared L2 norm of each shard's gradient in the dtype of its moment, or fp32: float64 (n,). Mutates nothing."""
     norms = [
-        torch.linalg.vector_norm(grad.to(momentum.dtype), dtype=torch.float64)
+        torch.linalg.vector_norm(grad.to(torch.float32 if wide else momentum.dtype), dtype=torch.float64)
         for grad, momentum in zip(grads, momenta, strict=True)
     ]
     return torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -56,6 +60,7 @@ def update(
     counting: bool,
     steps: list[float] | None,
     hyperparameters: Mapping[str, Any],
+    rounding: Rounding | None = None,
 ) -> Tensor | None:
     """One update of shards that share hyperparameters. Mutates params and moments.
 
@@ -67,15 +72,19 @@ def update(
         counting: return the counts of the masks used, as :func:`count` would have before the update.
         steps: t of each shard, this update counted, for a direction that takes it.
         hyperparameters: the direction's others, by name.
+        rounding: compute in fp32 and round what is kept in bf16 by it.
     """
     rows = []
     strengths = strengths.to(params[0].device) if params else strengths
     for i, (param, given, *own) in enumerate(zip(params, grads, *moments, strict=True)):
-        grad = _true(given, scale, own[0].dtype)
-        agree, conflict = rule.classify(grad, own[0], threshold)
+        grad = _true(given, scale, own[0].dtype if rounding is None else torch.float32)
+        agree, conflict = rule.classify(grad, own[0].to(grad.dtype), threshold)
         f = rule.factor(agree, conflict, strengths[i, 0], strengths[i, 1], grad.dtype)
         step = {} if steps is None else {"step": steps[i]}
-        direction(param, grad, *own, f, **step, **hyperparameters)
+        if rounding is None:
+            direction(param, grad, *own, f, **step, **hyperparameters)
+        else:
+            rule.rounded_(direction, param, grad, own, f, rounding, i, **step, **hyperparameters)
         if counting:
             rows.append(torch.stack((agree.sum(), conflict.sum())))
     return _stacked(rows) if counting else None

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import rule
+from ..rounding import Rounding
 from ..tensors import has_memory
 from . import reference
 from .build import Unavailable
@@ -208,10 +209,11 @@ def count(
     threshold: float,
     scale: Tensor | float | None,
     norms: bool = False,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference.count`, in one launch."""
-    if not _serves(grads, momenta):
-        return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms)
+    if wide or not _serves(grads, momenta):
+        return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
     device = grads[0].device
     launch = _launch([grads, momenta])
     counts = torch.zeros((len(grads), 2), dtype=torch.int64, device=device)
@@ -239,10 +241,11 @@ def update(
     counting: bool,
     steps: list[float] | Tensor | None,
     hyperparameters: Mapping[str, Any],
+    rounding: Rounding | None = None,
 ) -> Tensor | None:
     """As :func:`reference.update`, in one launch. ``steps`` may be a float32 tensor of shape (n,) on the device."""
     kernel = _KERNELS.get(direction)
-    if kernel is None or not _serves(grads, params, *moments):
+    if kernel is None or rounding is not None or not _serves(grads, params, *moments):
         if isinstance(steps, Tensor):
             raise ValueError(
                 f"capturable=True takes fp32 or fp64 parameters on one GPU and a direction of rule.py, and got "
@@ -250,7 +253,7 @@ def update(
             )
         return reference.update(
             direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
-            counting=counting, steps=steps, hyperparameters=hyperparameters,
+            counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding,
         )  # fmt: skip
     which, columns_of = kernel
     device = params[0].device

@@ -5,6 +5,7 @@ The words of this library, which all of it uses:
 flat: an optimizer parameter that a backend made of many model parameters, as ZeRO and FSDP1 do.
 shard: consecutive elements of one model parameter in the flattened local tensor of an optimizer parameter. A plain
     tensor or a DTensor holds one, a flat holds many.
+positions: where a shard's elements stand in the flattened model parameter.
 padding: elements of a flat that are of no shard.
 segment: what a kernel takes at a time: a shard, padding, or a whole flat where nothing in it must be told apart.
 owner: of the ranks that hold a shard the one that counts it.
@@ -16,10 +17,12 @@ That is all that layout.py needs to count every element once.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor
+
+from ..rounding import Positions
 
 T = TypeVar("T")
 
@@ -34,6 +37,7 @@ class Shard:
         start: first element in the optimizer parameter's flattened local tensor.
         numel: number of elements.
         global_numel: number of elements of the whole model parameter, None where no rank knows it.
+        positions: of the elements in the flattened model parameter, None where no rank knows them.
     """
 
     key: str
@@ -41,6 +45,7 @@ class Shard:
     start: int
     numel: int
     global_numel: int | None
+    positions: Positions | None = field(default=None, kw_only=True)
 
     @property
     def replicated(self) -> bool:

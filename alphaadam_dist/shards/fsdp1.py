@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rounding import consecutive
 from . import Shard, clean_name
 
 TESTED_VERSIONS = ("2.13.0",)
@@ -120,7 +121,8 @@ def _of_flat(flat: Any, key: str) -> list[Shard]:
     for name, whole, info in zip(keys(flat, key), flat._numels, flat._shard_param_infos, strict=True):
         if info.in_shard:
             part = info.intra_param_start_idx, info.numel_in_shard
-            held.append(Shard(name, part, info.offset_in_shard, info.numel_in_shard, whole))
+            at = consecutive(*part)
+            held.append(Shard(name, part, info.offset_in_shard, info.numel_in_shard, whole, positions=at))
             end = info.offset_in_shard + info.numel_in_shard
     assert end + flat._shard_numel_padded == flat.numel(), "all but the padding belongs to some parameter"
     return held

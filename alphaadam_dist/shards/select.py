@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from torch import Tensor
 
+from ..rounding import consecutive
 from ..tensors import is_dtensor
 from . import Shard, dtensor, fsdp1
 
@@ -36,7 +37,7 @@ def shards_of(param: Tensor, key: str, *, named: bool, sharding: str, group: dis
 def _plain(param: Tensor, key: str, rank: int | None = None) -> list[Shard]:
     """The one shard of a plain tensor: the whole of it, or where ``rank`` is given what that rank holds of it."""
     if rank is None:
-        return [Shard(key, (), 0, param.numel(), param.numel())]
+        return [Shard(key, (), 0, param.numel(), param.numel(), positions=consecutive(0, param.numel()))]
     return [Shard(key, (rank,), 0, param.numel(), None)]
 
 

@@ -27,6 +27,8 @@ def prepare(engine: Any, optimizer: AlphaOptimizer, *, supported: bool) -> None:
     """
     if supported:
         internals.allow(type(optimizer))
+    if optimizer._run.options.state_dtype is not None:
+        internals.allow_bf16_offload(AlphaOptimizer)
     refusals.refuse(engine, optimizer)
     versions.warn_untested()
 
@@ -65,7 +67,7 @@ def _use_layout(
         scope=optimizer._run.options.scope,
         group=wrapper.group,
         device=statistics_device(flats, wrapper.group),
-        merge=True,
+        merge=optimizer._run.options.state_dtype is None,
         names=internals.keys_of_all_ranks(engine),
     )
     consensus.settle(layout, optimizer._run.options, engine.seq_data_parallel_group)

@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -25,6 +26,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor
 
+from ..rounding import consecutive
 from ..shards import Shard, clean_names
 from . import older, versions
 
@@ -51,6 +53,7 @@ CLASS_NAMES = {
         "step", "unscale_and_clip_grads", "reduce_independent_p_g_buckets_and_remove_grads",
         "is_gradient_accumulation_boundary", "_finalize_offload_gradient_accumulation",
     ),
+    "deepspeed.runtime.base_optimizer.ZeROOptimizer": ("_configure_master_weights",),
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("step",),
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ("refresh_fp32_params",),
     "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
@@ -104,6 +107,23 @@ def allow(kind: type) -> None:
     """List an optimizer class among those that ZeRO supports, so that it needs no zero_allow_untested_optimizer."""
     if kind not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+def allow_bf16_offload(kind: type) -> None:
+    """Let an optimizer class step offloaded bf16 masters, which DeepSpeed leaves to its own CPU Adam."""
+    configure = ZeROOptimizer._configure_master_weights
+    if hasattr(configure, "alphaadam"):
+        return
+
+    @functools.wraps(configure)
+    def configured(zero: Any, *args: Any, **kwargs: Any) -> Any:
+        # all that the flag does there is to ask for DeepSpeedCPUAdam
+        return configure(
+            zero, *args, **kwargs | ({"offload_enabled": False} if isinstance(zero.optimizer, kind) else {})
+        )
+
+    configured.alphaadam = True  # type: ignore[attr-defined]
+    ZeROOptimizer._configure_master_weights = configured
 
 
 def check_instance(obj: Any) -> None:
@@ -236,6 +256,7 @@ class Replicated(AtOnce):
         if self.half:
             # it was made to step once with zero gradients, which decayed the masters and counted as a step
             self.optimizer.state.clear()
+            self.optimizer._run.n = 0
             self.zero.refresh_fp32_params()
             if engine.fp16_enabled():
                 warnings.warn(
@@ -254,7 +275,8 @@ class Replicated(AtOnce):
             for j, param in enumerate(self._models(i)):
                 # one that is not in the engine's module has no name there
                 outside = given[j] if len(given) == len(group["params"]) else f"parameter {j} of group {i}"
-                held.append([Shard(names.get(param, outside), (), 0, param.numel(), param.numel())])
+                numel = param.numel()
+                held.append([Shard(names.get(param, outside), (), 0, numel, numel, positions=consecutive(0, numel))])
         return held
 
     def _models(self, group: int) -> list[Tensor]:
@@ -392,7 +414,8 @@ def _slice_of_flat(
         first, last = max(offset, begin), min(offset + param.numel(), begin + size)
         if first < last:
             part = first - offset, last - first
-            held.append(Shard(names[param], part, first - begin, last - first, param.numel()))
+            at = consecutive(*part)
+            held.append(Shard(names[param], part, first - begin, last - first, param.numel(), positions=at))
         offset += param.numel() + padding
     return held
 
@@ -421,7 +444,8 @@ class Stage3(InParts):
                 start = rank * padded
                 numel = max(0, min(padded, param.ds_numel - start))
                 if numel:
-                    held.append(Shard(names[param], (start, numel), offset, numel, param.ds_numel))
+                    at = consecutive(start, numel)
+                    held.append(Shard(names[param], (start, numel), offset, numel, param.ds_numel, positions=at))
                 offset += padded
             by_flat.append(held)
         return by_flat

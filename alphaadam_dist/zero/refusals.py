@@ -19,7 +19,7 @@ Refusal = tuple[bool, str, str]
 def refuse(engine: Any, optimizer: AlphaOptimizer) -> None:
     """Raise ValueError for the first feature of this engine under which the result would not be exact."""
     for present, what, fix in chain(
-        _of_the_optimizer(optimizer), _of_the_parallelism(engine), _of_the_precision(engine),
+        _of_the_optimizer(optimizer), _of_the_parallelism(engine), _of_the_precision(engine, optimizer),
         _of_the_offload(engine, optimizer),
     ):  # fmt: skip
         if present:
@@ -72,7 +72,7 @@ def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
     )
 
 
-def _of_the_precision(engine: Any) -> Iterator[Refusal]:
+def _of_the_precision(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
     yield (
         older.asked(engine, "torch_autocast_enabled", False) and engine.torch_autocast_dtype() == torch.float16,
         "torch_autocast with dtype float16",
@@ -83,11 +83,29 @@ def _of_the_precision(engine: Any) -> Iterator[Refusal]:
         "fp16.fp16_master_weights_and_grads=true",
         "fp16 moments lose the gradients' signs: set it to false",
     )
+    yield from _of_the_masters(engine, optimizer.defaults)
+
+
+def _of_the_masters(engine: Any, options: Mapping[str, Any]) -> Iterator[Refusal]:
+    """bf16 masters: DeepSpeed's flags and the optimizer's own option must say the same."""
+    masters = older.asked(engine, "bf16_master_weights_and_gradients", False)
+    states = older.asked(engine, "bf16_optimizer_states", False)
     yield (
-        older.asked(engine, "bf16_master_weights_and_gradients", False)
-        or older.asked(engine, "bf16_optimizer_states", False),
-        "bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states=true",
-        "moments in bf16 stop following the gradients: set both to false",
+        masters and not states,
+        "bf16.bf16_master_weights_and_grads=true with bf16.bf16_optimizer_states=false",
+        "DeepSpeed takes that with its own CPU Adam only: set bf16_optimizer_states to true as well, or both to false",
+    )
+    yield (
+        states and options["state_dtype"] is None,
+        "bf16.bf16_optimizer_states=true with state_dtype=None",
+        'without stochastic rounding bf16 parameters and moments stop following the gradients: give "state_dtype": '
+        '"bfloat16" to the optimizer, or set both flags to false',
+    )
+    yield (
+        masters and options["threshold"] > 0 and engine.gradient_clipping() > 0,
+        f"bf16.bf16_master_weights_and_grads=true with threshold={options['threshold']!r} and "
+        f"gradient_clipping={engine.gradient_clipping()!r}",
+        "DeepSpeed rounds clipped gradients to bf16 after they were counted: set threshold or gradient_clipping to 0",
     )
 
 

@@ -147,7 +147,7 @@ def give(model: nn.Module, gradients: dict[str, Tensor | None]) -> None:
     for name, param in model.named_parameters():
         if param.requires_grad:
             whole = gradients[name]
-            param.grad = None if whole is None else pieces.local_part(whole, param)
+            param.grad = None if whole is None else pieces.local_part(whole.to(param.dtype), param)
 
 
 def mixed_precision(model: FSDPModule) -> bool:
@@ -159,11 +159,19 @@ def observe(optimizer: AlphaOptimizer) -> tuple[Any, dict[str, float]]:
 
 
 def run(
-    regime: str, options: dict[str, Any], steps: int = 10, seed: int = 1, kind: type[AlphaOptimizer] = AlphaAdam
+    regime: str,
+    options: dict[str, Any],
+    steps: int = 10,
+    seed: int = 1,
+    kind: type[AlphaOptimizer] = AlphaAdam,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """On a rank: steps with given gradients; alphas, counts, collectives and what the rank then holds."""
+    """On a rank: steps with given gradients; alphas, counts, collectives and what the rank then holds.
+
+    ``dtype`` is the parameters'. Moments are told of where they are kept by parameter.
+    """
     _, shard, extra = REGIMES[regime]
-    model = shard(Given())
+    model = shard(Given().to(dtype))
     optimizer = kind(model.named_parameters(), **{"lr": LR, "weight_decay": 0.1, **options, **extra()})
     seen, collectives = [], []
     for gradients in given_gradients(steps, seed):
@@ -173,4 +181,9 @@ def run(
         optimizer.zero_grad()
         collectives.append(counted.seen)
         seen.append(observe(optimizer))
-    return {"seen": seen, "collectives": collectives, "params": pieces.of_model(model, SHAPES)}
+    held = {"params": pieces.of_model(model, SHAPES)}
+    if not isinstance(model, FullyShardedDataParallel):
+        named = [(n, p) for n, p in pieces.clean(model) if p.requires_grad]
+        for name in kind.moments:
+            held[name] = pieces.pieces(named, SHAPES, {p: optimizer.state[p][name] for _, p in named})
+    return {"seen": seen, "collectives": collectives, **held}

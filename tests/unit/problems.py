@@ -87,12 +87,18 @@ class Twin:
 
     def _follow_groups(self) -> None:
         """Coordinates for new parameters, and the groups' hyperparameters, which schedulers change, for all."""
-        flat = [(group, param) for group in self.optimizer.param_groups for param in group["params"]]
-        for _, param in flat[len(self.model) :]:
+        flat = [
+            (group, param, f"{i}.{j}")
+            for i, group in enumerate(self.optimizer.param_groups)
+            for j, param in enumerate(group["params"])
+        ]
+        dtype = getattr(torch, self.options.get("state_dtype") or "", None)
+        for _, param, name in flat[len(self.model) :]:
             value = param.detach().clone(memory_format=torch.preserve_format)
-            moments = [torch.zeros_like(value) for _ in self.optimizer.moments]
-            self.model.append(rule.Coordinates(value, moments, {"step": 0.0} if self.optimizer.counts_steps else {}))
-        for (group, _), c in zip(flat, self.model, strict=True):
+            moments = [torch.zeros_like(value, dtype=dtype) for _ in self.optimizer.moments]
+            counts = {"step": 0.0} if self.optimizer.counts_steps else {}
+            self.model.append(rule.Coordinates(value, moments, counts, name))
+        for (group, _, _), c in zip(flat, self.model, strict=True):
             c.hyperparameters.update({name: group[name] for name in self.optimizer.hyperparameters})
 
     def step(self, grads: Sequence[Tensor | None]) -> list[float]:
@@ -116,4 +122,6 @@ class Twin:
         m = self.memory
         if memory_of(self.optimizer) != [m.applied, m.alpha, m.agree, m.conflict]:
             wrong.append(f"memory {memory_of(self.optimizer)} and {m}")
+        if self.optimizer.param_groups[0]["alphaadam_rounding"] != [1, m.n]:
+            wrong.append(f"n {self.optimizer.param_groups[0]['alphaadam_rounding']} and {m.n}")
         return wrong

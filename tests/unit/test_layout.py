@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alphaadam_dist import AlphaAdam
-from alphaadam_dist.layout import Layout, _with_padding, build_layout
+from alphaadam_dist.layout import Layout, Segment, _with_padding, build_layout
 from alphaadam_dist.shards import Shard, clean_name, clean_names, cut
 
 from ..ranks import Ranks
@@ -92,8 +92,11 @@ def test_cut_covers_every_element_of_every_run_for_any_cutting() -> None:
     ],
 )
 def test_padding_fills_every_gap_and_is_owned_by_nobody(runs: list[Any], numel: int, expected: list[Any]) -> None:
-    full = _with_padding(runs, numel)
+    own = [Segment(start, count, row, mine, whole=count == numel) for start, count, row, mine in runs]
+    segments = list(_with_padding(own, numel))
+    full = [(segment.start, segment.numel, segment.row, segment.owned) for segment in segments]
     assert full == expected
+    assert all(segment.whole == (segment.numel == numel) for segment in segments)
     position = 0
     for start, count, _, _ in full:
         assert start == position

@@ -62,6 +62,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"capturable": True, "sync": "delayed"}, "capturable=True", "sync='exact'"),
     ({"capturable": True, "fused": False}, "fused=False", "fused=None"),
     ({"capturable": True, "verify_every": 5}, "verify_every=5", "verify_every=0"),
+    ({"capturable": True, "state_dtype": "bfloat16"}, "state_dtype='bfloat16'", "state_dtype=None"),
+    *[({"state_dtype": v}, f"state_dtype={v!r}", "'bfloat16'") for v in ("bf16", "float32", "", 16, torch.float16)],
+    *[({"rounding_seed": v}, f"rounding_seed={v!r}", "whole number") for v in (-1, 2**64, 0.5, "0", None, True)],
 ]
 
 
@@ -98,7 +101,8 @@ def test_bad_hyperparameters_of_a_group_are_refused_and_nothing_is_added(
         {"eps": 0}, {"weight_decay": 0}, {"betas": (0, 0)}, {"betas": [0.9, 0.999]},
         {"gamma": 0}, {"gamma": 1}, {"alpha_max": 1}, {"alpha_max": INF}, {"threshold": 10.0}, {"alpha_warmup": 100},
         {"clip_norm": 1e-300}, {"fused": None}, {"fused": False}, {"fused": True}, {"capturable": False},
-        {"sharding": "replicated"},
+        {"sharding": "replicated"}, {"state_dtype": "bfloat16"}, {"state_dtype": torch.bfloat16},
+        {"rounding_seed": 2**64 - 1}, {"rounding_seed": np.int64(3)},
     ],
     ids=str,
 )  # fmt: skip
@@ -129,7 +133,7 @@ def test_unknown_options_are_refused_with_the_nearest_known_one(name: str, near:
 
 SHARED: dict[str, Any] = {
     "gamma": 0.5, "alpha_max": 2.0, "threshold": 0.1, "alpha_warmup": 3, "scope": "layer", "sync": "delayed",
-    "clip_norm": 1.0, "maximize": True, "capturable": True,
+    "clip_norm": 1.0, "maximize": True, "capturable": True, "state_dtype": "bfloat16", "rounding_seed": 1,
 }  # fmt: skip
 
 
@@ -216,7 +220,7 @@ def taken(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The one group, after checking that its values are Python's own and that a file of it needs no trust."""
     step_with(optimizer, [torch.ones(2, 2), torch.ones(3)])
     group = optimizer.param_groups[0]
-    statistics = ("params", "alphaadam_state")
+    statistics = ("params", "alphaadam_state", "alphaadam_rounding")
     assert {name: value for name, value in group.items() if name not in statistics and not is_plain(value)} == {}
     assert all(name in statistics or is_plain(value) for name, value in optimizer.defaults.items())
     file = io.BytesIO()

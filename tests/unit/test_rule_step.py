@@ -91,7 +91,7 @@ def test_the_cap_holds_alpha() -> None:
     memory = rule.Memory()
     grad = torch.tensor([1.0, -1, -1, -1], dtype=torch.float64)
     assert rule.step_(model, [grad], memory, alpha_max=1.5) == [1.5]
-    assert memory == rule.Memory(applied=1.0, alpha=1.5, agree=1.0, conflict=3.0)
+    assert memory == rule.Memory(applied=1.0, alpha=1.5, agree=1.0, conflict=3.0, n=1)
 
 
 # ---- (2) without conflict it is AdamW

@@ -70,8 +70,10 @@ def masters(engine: Any) -> dict[str, Tensor]:
         if param.requires_grad:
             if engine.zero_optimization_stage() == 0:
                 full = stage_zero_master(engine, param)
-            elif engine.zero_optimization_stage() < 3 and param.dtype == torch.float32:
-                full = param  # it is the master, and safe_get_* is wrong under round_robin_gradients
+            elif engine.zero_optimization_stage() < 3 and param.dtype == getattr(
+                engine.optimizer, "master_weights_and_grads_dtype", torch.float32
+            ):
+                full = param  # it has the master's values, and safe_get_* is wrong under round_robin_gradients
             else:
                 full = safe_get_full_fp32_param(param)
             result[name] = full.detach().float().clone()
@@ -119,9 +121,10 @@ def given(ds_config: dict[str, Any], options: dict[str, Any], *, steps: int = 10
 
 def given_alone(options: dict[str, Any], *, steps: int = 10, client: bool = True, clip: float = 0.0,
                 optimizer: type[AlphaOptimizer] = AlphaAdam, dtype: torch.dtype = torch.float32,
-                shrink: float | list[float] = 1.0, overflow_at: tuple[int, ...] = ()) -> dict[str, Any]:  # fmt: skip
-    """The same in one process on fp32 masters of a model in dtype, clipping by DeepSpeed's float operations."""
-    model = Given().to(dtype).float()
+                shrink: float | list[float] = 1.0, overflow_at: tuple[int, ...] = (),
+                masters: torch.dtype = torch.float32) -> dict[str, Any]:  # fmt: skip
+    """The same in one process on masters of a model in dtype, clipping by DeepSpeed's float operations."""
+    model = Given().to(dtype).to(masters)
     if client:
         alone = optimizer(decay_groups(model), **{"lr": LR, **options})
     else:
@@ -135,7 +138,7 @@ def given_alone(options: dict[str, Any], *, steps: int = 10, client: bool = True
             continue
         for name, param in model.named_parameters():
             if param.requires_grad:
-                param.grad = gradients[name] * factor
+                param.grad = (gradients[name] * factor).to(masters)
         if clip:
             norm = torch.stack([(g * factor).double().square().sum() for g in gradients.values()]).sum().sqrt().float()
             coefficient = 1.0 / ((norm + 1e-6) / clip).clamp(min=1.0)
@@ -144,7 +147,7 @@ def given_alone(options: dict[str, Any], *, steps: int = 10, client: bool = True
                     param.grad.mul_(coefficient)
         alone.step()
         seen.append(observe(alone))
-    params = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    params = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
     return {"params": params, "seen": seen}
 
 

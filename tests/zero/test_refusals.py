@@ -49,7 +49,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bf16 states": (
         {**offload(), "bf16": BF16_STATES},
-        r"bf16\.bf16_master_weights_and_grads or .*=true: .* set both to false",
+        r"bf16\.bf16_optimizer_states=true with state_dtype=None: .* set both flags to false",
     ),
     "super offload": (
         offload(super_offload=True),
