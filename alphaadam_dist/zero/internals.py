@@ -112,18 +112,16 @@ def allow(kind: type) -> None:
 def allow_bf16_offload(kind: type) -> None:
     """Let an optimizer class step offloaded bf16 masters, which DeepSpeed leaves to its own CPU Adam."""
     configure = ZeROOptimizer._configure_master_weights
-    if hasattr(configure, "alphaadam"):
-        return
 
     @functools.wraps(configure)
     def configured(zero: Any, *args: Any, **kwargs: Any) -> Any:
-        # all that the flag does there is to ask for DeepSpeedCPUAdam
-        return configure(
-            zero, *args, **kwargs | ({"offload_enabled": False} if isinstance(zero.optimizer, kind) else {})
-        )
+        if isinstance(zero.optimizer, kind):  # all that the flag does there is to ask for DeepSpeedCPUAdam
+            kwargs["offload_enabled"] = False
+        return configure(zero, *args, **kwargs)
 
     configured.alphaadam = True  # type: ignore[attr-defined]
-    ZeROOptimizer._configure_master_weights = configured
+    if not hasattr(configure, "alphaadam"):
+        ZeROOptimizer._configure_master_weights = configured
 
 
 def check_instance(obj: Any) -> None:
@@ -275,8 +273,8 @@ class Replicated(AtOnce):
             for j, param in enumerate(self._models(i)):
                 # one that is not in the engine's module has no name there
                 outside = given[j] if len(given) == len(group["params"]) else f"parameter {j} of group {i}"
-                numel = param.numel()
-                held.append([Shard(names.get(param, outside), (), 0, numel, numel, positions=consecutive(0, numel))])
+                at = consecutive(0, param.numel())
+                held.append([Shard(names.get(param, outside), (), 0, param.numel(), param.numel(), positions=at)])
         return held
 
     def _models(self, group: int) -> list[Tensor]:
