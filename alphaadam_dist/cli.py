@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -228,11 +228,17 @@ def plan(
     memory: Annotated[float, typer.Option(help="GiB of each GPU.")] = 80,
     per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
     headroom: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of the memory kept free for activations, buckets and workspaces, which are not counted."
+            help="Share of the memory kept free for activations, buckets and workspaces, which are not counted. "
+            "Default: 0.4, with --state-dtype 0.3.",
+            show_default=False,
         ),
-    ] = 0.4,
+    ] = None,
+    state_dtype: Annotated[
+        Literal["bfloat16"] | None,
+        typer.Option(help="Moments and parameters in bf16, without fp32 masters.", show_default=False),
+    ] = None,
 ) -> None:
     """Say which sharding fits a model on these GPUs, what a step sends, and what to start.
 
@@ -243,16 +249,19 @@ def plan(
 
       alphaadam plan llama-7b --gpus 16 --memory 40
 
+      alphaadam plan llama-7b --gpus 1 --memory 80 --state-dtype bfloat16
+
       alphaadam plan ./my-model --gpus 4 --memory 24 --headroom 0.3
     """
     console = Console()
     with _in_one_line("planning needs pip install 'alphaadam-dist[hf]'"):
         from alphaadam_dist import plan as planning
 
-        cluster = planning.Cluster(gpus, per_node, memory, headroom)
+        free = planning.HEADROOM[state_dtype] if headroom is None else headroom
+        cluster = planning.Cluster(gpus, per_node, memory, free)
         with console.status("Reading the model's sizes"):
             sizes = planning.shapes(model)
-        if not planning.show(console, sizes, cluster):
+        if not planning.show(console, sizes, cluster, state_dtype):
             raise typer.Exit(1)
 
 

@@ -35,11 +35,9 @@ STAGE3_BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 CLASS_NAMES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": (
         "_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check",
-        "_get_gradients_for_reduction", "autotp_size",
-        "bf16_master_weights_and_gradients", "bf16_optimizer_states", "fp16_enabled",
-        "fp16_master_weights_and_gradients", "managed_gradient_accumulation", "optimizer_name", "optimizer_params",
-        "steps_per_print", "super_offload",
-        "torch_autocast_dtype",
+        "_get_gradients_for_reduction", "autotp_size", "bf16_master_weights_and_gradients", "bf16_optimizer_states",
+        "fp16_enabled", "fp16_master_weights_and_gradients", "gradient_clipping", "managed_gradient_accumulation",
+        "optimizer_name", "optimizer_params", "steps_per_print", "super_offload", "torch_autocast_dtype",
         "torch_autocast_enabled", "zenflow_config", "zero_elastic_checkpoint", "zero_offload_optimizer",
         "zero_optimization_stage", "zero_partial_offload",
     ),
@@ -75,8 +73,9 @@ INSTANCE_NAMES = {
         "round_robin_bit16_padding", "single_partition_of_fp32_groups",
     ),
     DeepSpeedZeroOptimizer_Stage3: (
-        "averaged_gradients", "clip_grad", "dp_process_group", "fp16_groups", "fp32_partitioned_groups_flat",
-        "loss_scale", "micro_step_id", "offload_optimizer", "_offload_boundary_param_ids", STAGE3_BUFFERS,
+        "averaged_gradients", "clip_grad", "dp_process_group", "fp16_groups", "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat", "loss_scale", "micro_step_id", "offload_optimizer",
+        "_offload_boundary_param_ids", STAGE3_BUFFERS,
     ),
     BF16_Optimizer: (
         "bf16_groups", "dp_process_group", "fp32_groups_flat_partition", "fp32_groups_has_gradients",
@@ -111,7 +110,7 @@ def allow(kind: type) -> None:
 
 def allow_bf16_offload(kind: type) -> None:
     """Let an optimizer class step offloaded bf16 masters, which DeepSpeed leaves to its own CPU Adam."""
-    configure = ZeROOptimizer._configure_master_weights
+    configure = getattr(ZeROOptimizer._configure_master_weights, "__wrapped__", ZeROOptimizer._configure_master_weights)
 
     @functools.wraps(configure)
     def configured(zero: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,9 +118,7 @@ def allow_bf16_offload(kind: type) -> None:
             kwargs["offload_enabled"] = False
         return configure(zero, *args, **kwargs)
 
-    configured.alphaadam = True  # type: ignore[attr-defined]
-    if not hasattr(configure, "alphaadam"):
-        ZeROOptimizer._configure_master_weights = configured
+    ZeROOptimizer._configure_master_weights = configured
 
 
 def check_instance(obj: Any) -> None:
@@ -421,6 +418,9 @@ class Stage3(InParts):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self.lands = self.zero.offload_optimizer and engine.managed_gradient_accumulation()
+        if engine.bf16_master_weights_and_gradients() and not self.zero.offload_optimizer:
+            for master, own in zip(self.flats(), self.zero.fp16_partitioned_groups_flat, strict=True):
+                master.data = own.data  # as DeepSpeed means to, but it compares a device with its name and copies
 
     def flats(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
