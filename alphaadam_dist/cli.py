@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -278,15 +278,21 @@ def plan(
     memory: Annotated[float, typer.Option(help="GiB of each GPU.")] = 80,
     per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
     headroom: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of the memory kept free for activations, buckets and workspaces, which are not counted."
+            help="Share of the memory kept free for activations, buckets and workspaces, which are not counted. "
+            "Default: 0.4, with --state-dtype 0.3.",
+            show_default=False,
         ),
-    ] = 0.4,
+    ] = None,
     lora: Annotated[
         int | None, typer.Option(help="Train LoRA adapters of this rank on the linear layers of the blocks.")
     ] = None,
     qlora: Annotated[int | None, typer.Option(help="The same, with the frozen linear layers in 4 bits.")] = None,
+    state_dtype: Annotated[
+        Literal["bfloat16"] | None,
+        typer.Option(help="Moments and parameters in bf16, without fp32 masters.", show_default=False),
+    ] = None,
 ) -> None:
     """Say which sharding fits a model on these GPUs, what a step sends, and what to start.
 
@@ -297,6 +303,8 @@ def plan(
     [bold]Examples[/bold]
 
       alphaadam plan llama-7b --gpus 16 --memory 40
+
+      alphaadam plan llama-7b --gpus 1 --memory 80 --state-dtype bfloat16
 
       alphaadam plan ./my-model --gpus 4 --memory 24 --headroom 0.3
 
@@ -311,10 +319,15 @@ def plan(
         for name, rank in (("lora", lora), ("qlora", qlora)):
             if rank is not None and not 1 <= rank <= _MOST:
                 raise ValueError(f"--{name} is {rank}: it is the rank of the adapters, from 1 to {_MOST:,}")
-        cluster = planning.Cluster(gpus, per_node, memory, headroom)
+        if state_dtype is not None and (lora or qlora):
+            raise ValueError(
+                f"--state-dtype {state_dtype} with adapters: their states are small, leave one of them out"
+            )
+        free = planning.HEADROOM[state_dtype] if headroom is None else headroom
+        cluster = planning.Cluster(gpus, per_node, memory, free)
         with console.status("Reading the model's sizes"):
             sizes = planning.shapes(model, qlora if lora is None else lora, four_bit=qlora is not None)
-        if not planning.show(console, sizes, cluster):
+        if not planning.show(console, sizes, cluster, state_dtype):
             raise typer.Exit(1)
 
 

@@ -8,6 +8,9 @@ of what is trained and casts them to bf16 layer by layer, as Accelerate does. Ze
 DeepSpeed's own `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs` count them, plus
 what these leave out and DeepSpeed 0.19.8 allocates: one more bf16 value a parameter at stage 3, and in CPU memory under
 offload.
+
+With bf16 state parameters, gradients and moments are all in bf16, without masters: under ZeRO-1 and 2 DeepSpeed keeps a
+copy of each rank's parameters for the optimizer, under ZeRO-3 none, but one of the gradients of the sub-group at work.
 """
 
 import os
@@ -29,6 +32,10 @@ GIB = 2**30
 FP32 = 4
 OPTIMIZER = 4 * FP32
 """Bytes a parameter of what the optimizer works on: master weight, gradient and two moments."""
+SUB_GROUP = 10**8
+"""Elements of a ZeRO-3 sub-group in the configs for bf16 state."""
+HEADROOM = {None: 0.4, "bfloat16": 0.3}
+"""Share of a GPU's memory kept free by default, by the state's dtype: buckets and casts are half as large in bf16."""
 
 MOST_GPUS, MOST_MEMORY = 10**6, 10**6
 """More than anybody has."""
@@ -152,6 +159,24 @@ def rows(model: Shapes, cluster: Cluster) -> list[Row]:
     return result
 
 
+def rows_in_bf16(model: Shapes, cluster: Cluster) -> list[Row]:
+    """The same for bf16 parameters without masters and bf16 moments, where that is served."""
+    gpus, nodes = cluster.gpus, cluster.nodes
+    counts = GLOBAL_BYTES if gpus > 1 else 0
+    weights, states = BF16 * model.total, 4 * BF16 * model.total
+    layer, sub_group = 2 * BF16 * model.largest, BF16 * min(SUB_GROUP, model.total / gpus)
+    blocks = BF16 * (model.rest + 2 * model.block + max(model.rest, model.block))
+    reduced, gathered_twice = 2 * weights * _ring(gpus), 3 * weights * _ring(gpus)
+    own = weights / gpus  # of a rank's parameters, at stage 3 and under offload
+    return [
+        Row("ZeRO-2", "ds_configs/zero2_bf16.json", weights + states / gpus, 0, reduced, counts),
+        Row("ZeRO-3", "ds_configs/zero3_bf16.json", layer + sub_group + states / gpus, 0, gathered_twice, counts),
+        Row("ZeRO-3, CPU offload", "ds_configs/zero3_offload_bf16.json", layer + 2 * own,
+            states / nodes, gathered_twice, counts),
+        Row("FSDP2", "accelerate_configs/fsdp2_bf16.yaml", blocks + states / gpus, 0, gathered_twice, counts),
+    ]  # fmt: skip
+
+
 def _ring(ranks: int) -> float:
     """Share of a tensor that each rank sends where it is reduce-scattered or all-gathered; twice that to all-reduce."""
     return (ranks - 1) / ranks
@@ -164,9 +189,9 @@ def first_fit(planned: list[Row], order: tuple[str, ...], cluster: Cluster) -> R
     return next(fitting, None)
 
 
-def show(console: Console, model: Shapes, cluster: Cluster) -> bool:
+def show(console: Console, model: Shapes, cluster: Cluster, state_dtype: str | None = None) -> bool:
     """Print the table and what to use; whether anything fits."""
-    planned = rows(model, cluster)
+    planned = rows(model, cluster) if state_dtype is None else rows_in_bf16(model, cluster)
     chosen = [first_fit(planned, order, cluster) for order in (DEEPSPEED_ORDER, FSDP_ORDER)]
     where = f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)} of {cluster.memory:g} GiB"
     if cluster.nodes > 1:
@@ -236,7 +261,8 @@ def _commands(row: Row, model: Shapes, cluster: Cluster) -> list[tuple[str, str]
         return [("HF Trainer or Accelerate", " ".join([*words, "train.py"]))]
     start = f"deepspeed {'--hostfile hostfile' if many else f'--num_gpus {cluster.gpus}'} --no_local_rank train.py"
     result = [("HF Trainer", f"{start} --deepspeed {_shown(row.config)}")]
-    plain = [f"ds_configs/{model.name.replace('-', '_')}_{cluster.gpus}x{cluster.memory:g}gb.json",
+    kind = "_bf16" if "bf16" in row.config else ""
+    plain = [f"ds_configs/{model.name.replace('-', '_')}_{cluster.gpus}x{cluster.memory:g}gb{kind}.json",
              row.config.replace(".json", "_plain.json")]  # fmt: skip
     for name in plain:
         if _shards_by(name) == _shards_by(row.config):

@@ -5,8 +5,8 @@ bit depends on where an element lies. Counts are added up as integers, norms ove
 numbers come from device memory, in float64, and are rounded to the state's dtype where they are used: nothing here
 waits for the device, and a CUDA graph may hold the whole step.
 
-State is fp32 or fp64, gradients those or bf16 or fp16. Other lists, and directions that are not in this file, go to
-the reference kernels.
+State is fp32 or fp64, or bf16 that rounding.py rounds, gradients those or bf16 or fp16. Other lists, and directions
+that are not in this file, go to the reference kernels.
 """
 
 import functools
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import rule
-from ..rounding import Rounding
+from ..rounding import PARAMETER_DTYPES, Rounding
 from ..tensors import has_memory
 from . import reference
 from .build import Unavailable
+from .triton_device import ADAM, LION, SGD, _count, _update, _update_rounded
 
 CHUNK = 2**16  # elements a program takes
 BLOCK = 2**10  # of them at a time
@@ -34,153 +34,6 @@ _TYPES = {
     torch.float16: tl.float16,
 }
 _STATE_TYPES = (torch.float32, torch.float64)
-_ADAM, _LION, _SGD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _opposes(g, m, threshold, THRESHOLD: tl.constexpr):
-    """rule.classify's conflict."""
-    if THRESHOLD:
-        against = tl.where(g > 0, m, -m)
-        return (g != 0) & (against < -threshold * tl.abs(g))
-    return ((g > 0) & (m < 0)) | ((g < 0) & (m > 0))
-
-
-@triton.jit
-def _lerp(a, b, weight):
-    """a + weight (b - a) as torch's lerp computes it."""
-    small = weight < 0.5
-    return tl.fma(tl.where(small, weight, weight - 1) + tl.zeros_like(a), b - a, tl.where(small, a, b))
-
-
-@triton.jit
-def _divided(a, b, T: tl.constexpr):
-    """Correctly rounded, as fp64 division is anyway."""
-    return tl.div_rn(a, b) if tl.float32 == T else a / b
-
-
-@triton.jit
-def _root(a, T: tl.constexpr):
-    return tl.sqrt_rn(a) if tl.float32 == T else tl.sqrt(a)
-
-
-@triton.jit
-def _pointer(table, row, tensors, tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table + row * tensors + tensor).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
-
-
-# What the kernels read and write. Float64 where nothing is said; `tensors` is the length of a list.
-#
-#   work       int64 (programs, 2)     which tensor a program takes, and from which element on
-#   table      int64 (lists, tensors)  addresses: row 0 the gradients, then for count the momenta, for update the
-#                                      parameters and each moment
-#   numels     int64 (tensors,)        elements of each tensor
-#   scale      ()                      makes gradients true ones; read with SCALE
-#   threshold  ()                      read with THRESHOLD
-#   strengths  (tensors, 2)            f where a tensor agrees and where it conflicts, from Statistics.strengths
-#   numbers    (tensors, COLUMNS)      decay, size; then for Adam the root of 1 - beta2^t, 1 - beta1, beta2, 1 - beta2,
-#                                      eps; for Lion 1 - beta1, 1 - beta2; for SGD momentum. `decay` and `size` are
-#                                      rule.decay_of and rule.size_of
-#   counts     int64 (tensors, 2)      agree and conflict, added to; Statistics.add reads them
-#   squares    (programs,)             the squared norm of what a program read; count adds them up by tensor
-
-
-@triton.jit
-def _count(
-    work, table, numels, tensors, scale, threshold,  # read
-    counts, squares,  # written
-    G: tl.constexpr, T: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, NORMS: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    tensor, start = tl.load(work + 2 * program), tl.load(work + 2 * program + 1)
-    numel = tl.load(numels + tensor)
-    grads = _pointer(table, 0, tensors, tensor, G, ALIGNED)
-    momenta = _pointer(table, 1, tensors, tensor, T, ALIGNED)
-    bound = tl.load(threshold).to(T)
-    evidence = tl.zeros([BLOCK], tl.int64)
-    conflicts = tl.zeros([BLOCK], tl.int64)
-    squared = tl.zeros([BLOCK], tl.float64)
-    for at in range(start, tl.minimum(start + CHUNK, numel), BLOCK):
-        offsets = at + tl.arange(0, BLOCK)
-        inside = offsets < numel
-        g = tl.load(grads + offsets, mask=inside, other=0.0).to(T)
-        m = tl.load(momenta + offsets, mask=inside, other=0.0)
-        if NORMS:
-            squared += g.to(tl.float64) * g.to(tl.float64)
-        if SCALE:
-            g *= tl.load(scale).to(T)
-        evidence += (g != 0).to(tl.int64)
-        conflicts += _opposes(g, m, bound, THRESHOLD).to(tl.int64)
-    conflict = tl.sum(conflicts)
-    tl.atomic_add(counts + 2 * tensor, tl.sum(evidence) - conflict)
-    tl.atomic_add(counts + 2 * tensor + 1, conflict)
-    if NORMS:
-        tl.store(squares + program, tl.sum(squared))
-
-
-@triton.jit
-def _update(
-    work, table, numels, tensors, scale, threshold, strengths, strengths_stride, numbers,  # read
-    counts,  # written, as the tensors in the table but the gradients
-    DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
-    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    tensor, start = tl.load(work + 2 * program), tl.load(work + 2 * program + 1)
-    numel = tl.load(numels + tensor)
-    grads = _pointer(table, 0, tensors, tensor, G, ALIGNED)
-    params = _pointer(table, 1, tensors, tensor, T, ALIGNED)
-    firsts = _pointer(table, 2, tensors, tensor, T, ALIGNED)
-    bound = tl.load(threshold).to(T)
-    f_agree = tl.load(strengths + tensor * strengths_stride).to(T)
-    f_conflict = tl.load(strengths + tensor * strengths_stride + 1).to(T)
-    mine = numbers + tensor * COLUMNS
-    decay, size = tl.load(mine).to(T), tl.load(mine + 1).to(T)
-    evidence = tl.zeros([BLOCK], tl.int64)
-    conflicts = tl.zeros([BLOCK], tl.int64)
-    for at in range(start, tl.minimum(start + CHUNK, numel), BLOCK):
-        offsets = at + tl.arange(0, BLOCK)
-        inside = offsets < numel
-        g = tl.load(grads + offsets, mask=inside, other=0.0).to(T)
-        p = tl.load(params + offsets, mask=inside, other=0.0)
-        m = tl.load(firsts + offsets, mask=inside, other=0.0)
-        if SCALE:
-            g *= tl.load(scale).to(T)
-        against = _opposes(g, m, bound, THRESHOLD)
-        f = tl.where(against, f_conflict, tl.where(g != 0, f_agree, tl.full([], 1.0, T)))
-        if COUNTING:
-            evidence += (g != 0).to(tl.int64)
-            conflicts += against.to(tl.int64)
-        p *= decay
-        if DIRECTION == _ADAM:
-            seconds = _pointer(table, 3, tensors, tensor, T, ALIGNED)
-            root, keep = tl.load(mine + 2).to(T), tl.load(mine + 3).to(T)
-            beta2, gain, eps = tl.load(mine + 4).to(T), tl.load(mine + 5).to(T), tl.load(mine + 6).to(T)
-            v = tl.load(seconds + offsets, mask=inside, other=0.0)
-            m = _lerp(m, g, keep)
-            v = tl.fma(gain * g, g, v * beta2)
-            p += _divided(size * (m * f), _divided(_root(v, T), root + tl.zeros_like(v), T) + eps, T)
-            tl.store(seconds + offsets, v, mask=inside)
-        elif DIRECTION == _LION:
-            ahead, keep = tl.load(mine + 2).to(T), tl.load(mine + 3).to(T)
-            between = _lerp(m, g, ahead)
-            sign = (between > 0).to(T) - (between < 0).to(T)
-            p = tl.fma(sign * f, size + tl.zeros_like(p), p)
-            m = _lerp(m, g, keep)
-        else:
-            momentum = tl.load(mine + 2).to(T)
-            m = m * momentum + g
-            direction = tl.fma(m, momentum + tl.zeros_like(m), g) if NESTEROV else m
-            p = tl.fma(direction * f, size + tl.zeros_like(p), p)
-        tl.store(params + offsets, p, mask=inside)
-        tl.store(firsts + offsets, m, mask=inside)
-    if COUNTING:
-        conflict = tl.sum(conflicts)
-        tl.atomic_add(counts + 2 * tensor, tl.sum(evidence) - conflict)
-        tl.atomic_add(counts + 2 * tensor + 1, conflict)
 
 
 @functools.cache
@@ -212,7 +65,7 @@ def count(
     wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference.count`, in one launch."""
-    if wide or not _serves(grads, momenta):
+    if not _serves(grads, momenta, types=(torch.bfloat16,) if wide else _STATE_TYPES):
         return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
     device = grads[0].device
     launch = _launch([grads, momenta])
@@ -223,7 +76,8 @@ def count(
             _count[(launch.programs,)](
                 launch.work, launch.table, launch.numels, len(grads), _scalar(scale, device),
                 _scalar(threshold, device), counts, squares,
-                G=_TYPES[grads[0].dtype], T=_TYPES[momenta[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
+                G=_TYPES[grads[0].dtype], M=_TYPES[momenta[0].dtype],
+                T=tl.float32 if wide else _TYPES[momenta[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
                 NORMS=norms, ALIGNED=launch.aligned, CHUNK=CHUNK, BLOCK=BLOCK, enable_fp_fusion=False,
             )  # fmt: skip
     return counts, torch.segment_reduce(squares, "sum", lengths=launch.programs_of) if norms else None
@@ -245,7 +99,7 @@ def update(
 ) -> Tensor | None:
     """As :func:`reference.update`, in one launch. ``steps`` may be a float32 tensor of shape (n,) on the device."""
     kernel = _KERNELS.get(direction)
-    if kernel is None or rounding is not None or not _serves(grads, params, *moments):
+    if kernel is None or not _serves_update(grads, params, moments, rounding):
         if isinstance(steps, Tensor):
             raise ValueError(
                 f"capturable=True takes fp32 or fp64 parameters on one GPU and a direction of rule.py, and got "
@@ -262,15 +116,22 @@ def update(
     counts = torch.zeros((len(params) if counting else 0, 2), dtype=torch.int64, device=device)
     strengths = strengths.to(device)
     assert strengths.stride(1) == 1
+    options: dict[str, Any] = {
+        "DIRECTION": which, "NESTEROV": bool(hyperparameters.get("nesterov")), "COLUMNS": numbers.shape[1],
+        "G": _TYPES[grads[0].dtype], "SCALE": scale is not None, "THRESHOLD": threshold > 0, "COUNTING": counting,
+        "ALIGNED": launch.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "enable_fp_fusion": False,
+    }  # fmt: skip
     if launch.programs:
+        read = (
+            launch.work, launch.table, launch.numels, len(params), _scalar(scale, device), _scalar(threshold, device),
+            strengths, strengths.stride(0), numbers,
+        )  # fmt: skip
         with torch.cuda.device_of(counts):  # as in count
-            _update[(launch.programs,)](
-                launch.work, launch.table, launch.numels, len(params), _scalar(scale, device),
-                _scalar(threshold, device), strengths, strengths.stride(0), numbers, counts,
-                DIRECTION=which, NESTEROV=bool(hyperparameters.get("nesterov")), COLUMNS=numbers.shape[1],
-                G=_TYPES[grads[0].dtype], T=_TYPES[params[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
-                COUNTING=counting, ALIGNED=launch.aligned, CHUNK=CHUNK, BLOCK=BLOCK, enable_fp_fusion=False,
-            )  # fmt: skip
+            if rounding is None:
+                _update[(launch.programs,)](*read, counts, T=_TYPES[params[0].dtype], **options)
+            else:
+                places = _sent(torch.tensor(rounding.numbers(), dtype=torch.int64, device="cpu"), device)
+                _update_rounded[(launch.programs,)](*read, places, counts, P=_TYPES[params[0].dtype], **options)
     torch.autograd.graph.increment_version([*params, *(tensor for tensors in moments for tensor in tensors)])
     return counts if counting else None
 
@@ -300,7 +161,7 @@ def _sgd(steps: Any, of: Mapping[str, Any]) -> list[Column]:
     return [1 - lr * of["weight_decay"], -lr, of["momentum"]]
 
 
-_KERNELS = {rule.adam_: (_ADAM, _adam), rule.lion_: (_LION, _lion), rule.sgd_: (_SGD, _sgd)}
+_KERNELS = {rule.adam_: (ADAM, _adam), rule.lion_: (LION, _lion), rule.sgd_: (SGD, _sgd)}
 """For each direction of rule.py what the kernel calls it, and the columns of the numbers that it reads."""
 
 
@@ -368,7 +229,18 @@ def _scalar(value: Tensor | float | None, device: torch.device) -> Tensor:
     return torch.full((), 1.0 if value is None else value, dtype=torch.float64, device=device)
 
 
-def _serves(grads: Sequence[Tensor], *own: Sequence[Tensor]) -> bool:
+def _serves_update(
+    grads: Sequence[Tensor], params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], rounding: Rounding | None
+) -> bool:
+    if rounding is None:
+        return _serves(grads, params, *moments)
+    in_rows = all(tensor.is_contiguous() for tensors in (grads, params, *moments) for tensor in tensors)
+    return (
+        in_rows and _serves(grads, params, types=PARAMETER_DTYPES) and _serves(grads, *moments, types=(torch.bfloat16,))
+    )
+
+
+def _serves(grads: Sequence[Tensor], *own: Sequence[Tensor], types: Sequence[torch.dtype] = _STATE_TYPES) -> bool:
     """All of one device, each list of one dtype that the kernels take, all tensors runs of memory in the same order.
 
     A tensor subclass may have no memory of its own.
@@ -376,7 +248,7 @@ def _serves(grads: Sequence[Tensor], *own: Sequence[Tensor]) -> bool:
     if not grads:
         return False
     device, grad_type, state_type = grads[0].device, grads[0].dtype, own[0][0].dtype
-    if grad_type not in _TYPES or state_type not in _STATE_TYPES:
+    if grad_type not in _TYPES or state_type not in types:
         return False
     if not all(has_memory(tensor) for tensors in (grads, *own) for tensor in tensors):
         return False

@@ -35,11 +35,9 @@ STAGE3_BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 CLASS_NAMES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": (
         "_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check",
-        "_get_gradients_for_reduction", "autotp_size",
-        "bf16_master_weights_and_gradients", "bf16_optimizer_states", "fp16_enabled",
-        "fp16_master_weights_and_gradients", "managed_gradient_accumulation", "optimizer_name", "optimizer_params",
-        "steps_per_print", "super_offload",
-        "torch_autocast_dtype",
+        "_get_gradients_for_reduction", "autotp_size", "bf16_master_weights_and_gradients", "bf16_optimizer_states",
+        "fp16_enabled", "fp16_master_weights_and_gradients", "gradient_clipping", "managed_gradient_accumulation",
+        "optimizer_name", "optimizer_params", "steps_per_print", "super_offload", "torch_autocast_dtype",
         "torch_autocast_enabled", "zenflow_config", "zero_elastic_checkpoint", "zero_offload_optimizer",
         "zero_optimization_stage", "zero_partial_offload",
     ),
@@ -75,8 +73,9 @@ INSTANCE_NAMES = {
         "round_robin_bit16_padding", "single_partition_of_fp32_groups",
     ),
     DeepSpeedZeroOptimizer_Stage3: (
-        "averaged_gradients", "clip_grad", "dp_process_group", "fp16_groups", "fp32_partitioned_groups_flat",
-        "loss_scale", "micro_step_id", "offload_optimizer", "_offload_boundary_param_ids", STAGE3_BUFFERS,
+        "averaged_gradients", "clip_grad", "dp_process_group", "fp16_groups", "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat", "loss_scale", "micro_step_id", "offload_optimizer",
+        "_offload_boundary_param_ids", STAGE3_BUFFERS,
     ),
     BF16_Optimizer: (
         "bf16_groups", "dp_process_group", "fp32_groups_flat_partition", "fp32_groups_has_gradients",
@@ -111,18 +110,14 @@ def allow(kind: type) -> None:
 
 def allow_bf16_offload(kind: type) -> None:
     """Let an optimizer class step offloaded bf16 masters, which DeepSpeed leaves to its own CPU Adam."""
-    configure = ZeROOptimizer._configure_master_weights
-    if hasattr(configure, "alphaadam"):
-        return
+    configure = getattr(ZeROOptimizer._configure_master_weights, "__wrapped__", ZeROOptimizer._configure_master_weights)
 
     @functools.wraps(configure)
     def configured(zero: Any, *args: Any, **kwargs: Any) -> Any:
-        # all that the flag does there is to ask for DeepSpeedCPUAdam
-        return configure(
-            zero, *args, **kwargs | ({"offload_enabled": False} if isinstance(zero.optimizer, kind) else {})
-        )
+        if isinstance(zero.optimizer, kind):  # all that the flag does there is to ask for DeepSpeedCPUAdam
+            kwargs["offload_enabled"] = False
+        return configure(zero, *args, **kwargs)
 
-    configured.alphaadam = True  # type: ignore[attr-defined]
     ZeROOptimizer._configure_master_weights = configured
 
 
@@ -275,8 +270,8 @@ class Replicated(AtOnce):
             for j, param in enumerate(self._models(i)):
                 # one that is not in the engine's module has no name there
                 outside = given[j] if len(given) == len(group["params"]) else f"parameter {j} of group {i}"
-                numel = param.numel()
-                held.append([Shard(names.get(param, outside), (), 0, numel, numel, positions=consecutive(0, numel))])
+                at = consecutive(0, param.numel())
+                held.append([Shard(names.get(param, outside), (), 0, param.numel(), param.numel(), positions=at)])
         return held
 
     def _models(self, group: int) -> list[Tensor]:
@@ -426,6 +421,9 @@ class Stage3(InParts):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self.lands = self.zero.offload_optimizer and older.asked(engine, "managed_gradient_accumulation", True)
+        if older.asked(engine, "bf16_master_weights_and_gradients", False) and not self.zero.offload_optimizer:
+            for master, own in zip(self.flats(), self.zero.fp16_partitioned_groups_flat, strict=True):
+                master.data = own.data  # as DeepSpeed means to, but it compares a device with its name and copies
 
     def flats(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)

@@ -19,6 +19,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 
+from ..rounding import PARAMETER_DTYPES
 from ..shards import clean_names
 from .rank_files import PARTITION
 from .unused import MISSED
@@ -53,7 +54,7 @@ class Universal:
     groups: list[dict[str, Any]]
 
     def tensor(self, name: str, key: str) -> Tensor:
-        """A parameter (key "fp32") or a moment of it, whole, float32, on the CPU.
+        """A parameter (key "fp32") or a moment of it, whole, float32 also where bf16 was saved, on the CPU.
 
         Raises Damaged where the file is damaged, or is another parameter's, as far as shape and sign tell.
         """
@@ -64,11 +65,11 @@ class Universal:
             tensor: Tensor = held["param"] if isinstance(held, dict) else held
             if tensor.shape not in (shape, (shape.numel(),)):  # stage 3 saves it flat
                 raise Damaged(f"{path} has shape {tuple(tensor.shape)}, the model {tuple(shape)}: make it again")
-            if tensor.dtype != torch.float32:
-                raise Damaged(f"{path} has dtype {tensor.dtype} where float32 belongs: make it again")
+            if tensor.dtype not in PARAMETER_DTYPES:
+                raise Damaged(f"{path} has dtype {tensor.dtype} where float32 or bfloat16 belongs: make it again")
             if key == SQUARES and bool((tensor < 0).any()):
                 raise Damaged(f"{path} has values below 0, so they are no squares: make it again")
-            return tensor.view(shape)
+            return tensor.view(shape).float()
 
 
 class Damaged(ValueError):

@@ -63,19 +63,25 @@ def _steps(model: Any, backward: Callable[[Tensor], Any], step: Callable[[], Any
         step()
 
 
-def under_zero(stage: int, offload: bool, make: Callable[[], nn.Module] = llama) -> int:
+SUB_GROUP = 60_000
+BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
+def under_zero(stage: int, offload: bool, make: Callable[[], nn.Module] = llama, state_dtype: str | None = None) -> int:
     """The most bytes alive at the beginning of the second step, whose moments exist."""
     gc.collect()
     before = storages()
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True} if state_dtype is None else BF16,
         "zero_optimization": {
             "stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "overlap_comm": False,
             "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
         },
-        "optimizer": {"type": "AlphaAdam", "params": {"lr": 1e-3}},
+        "optimizer": {"type": "AlphaAdam", "params": {"lr": 1e-3, "state_dtype": state_dtype}},
     }  # fmt: skip
+    if stage == 3 and state_dtype is not None:
+        config["zero_optimization"]["sub_group_size"] = SUB_GROUP
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         config["zero_force_ds_cpu_optimizer"] = False
@@ -88,16 +94,16 @@ def under_zero(stage: int, offload: bool, make: Callable[[], nn.Module] = llama)
     return max(seen[len(seen) // 2 :])
 
 
-def under_fsdp2() -> int:
-    """The same under FSDP2, as Accelerate does it: fp32 shards, bf16 in forward and backward."""
+def under_fsdp2(state_dtype: str | None = None) -> int:
+    """The same under FSDP2, as Accelerate does it: fp32 shards, bf16 in forward and backward; or all in bf16."""
     gc.collect()
     before = storages()
-    model = llama()
+    model = llama() if state_dtype is None else llama().bfloat16()
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
     for block in model.model.layers:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    optimizer = AlphaAdam(model.named_parameters(), lr=1e-3)
+    optimizer = AlphaAdam(model.named_parameters(), lr=1e-3, state_dtype=state_dtype)
     seen = _watched(optimizer, before)
 
     def step() -> None:
@@ -114,4 +120,12 @@ def all_of_it(adapters: bool = False) -> dict[str, int]:
     result = {} if adapters else {"FSDP2": under_fsdp2()}  # FSDP2 takes no module of two dtypes
     for stage, offload in ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True)):
         result[f"ZeRO-{stage}{', CPU offload' if offload else ''}"] = under_zero(stage, offload, make)
+    return result
+
+
+def in_bf16() -> dict[str, int]:
+    """The same with bf16 state and bf16 parameters."""
+    result = {"FSDP2": under_fsdp2("bfloat16")}
+    for stage, offload in ((1, False), (2, False), (3, False), (3, True)):
+        result[f"ZeRO-{stage}{', CPU offload' if offload else ''}"] = under_zero(stage, offload, state_dtype="bfloat16")
     return result

@@ -51,8 +51,10 @@ def train(variables: dict[str, str]) -> dict[str, Any]:
         offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
         if offload:
             plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # memory is pinned for a GPU
-        model = tiny_llama()
-        optimizer: Any = AlphaAdam(model.named_parameters(), lr=1e-2)
+        in_bf16 = variables["ACCELERATE_MIXED_PRECISION"] == "no"
+        model = tiny_llama().bfloat16() if in_bf16 else tiny_llama()
+        state_dtype = "bfloat16" if in_bf16 else None
+        optimizer: Any = AlphaAdam(model.named_parameters(), lr=1e-2, state_dtype=state_dtype)
         model, optimizer = accelerator.prepare(model, optimizer)
         for batch in token_batches(2, 4):
             accelerator.backward(model(input_ids=batch, labels=batch).loss)
@@ -67,7 +69,7 @@ def train(variables: dict[str, str]) -> dict[str, Any]:
             "shape": tuple(param.to_local().shape),
             "mesh": tuple(param.device_mesh.shape),
             "dtype": param.dtype,
-            "compute": plugin.mixed_precision_policy.param_dtype,
+            "compute": getattr(plugin.mixed_precision_policy, "param_dtype", None) or param.dtype,
             "offload": offload,
             "unit": type(model.model.layers[0]).__name__,
         }
@@ -84,7 +86,8 @@ def test_two_steps(ranks4: Ranks, name: str) -> None:
         assert 0.5 * numels < found["counted"] <= numels
         assert found["mesh"] == ((2, 2) if hybrid else (4,))
         assert found["shape"] == (56 // (2 if hybrid else 4), 32)
-        assert (found["dtype"], found["compute"]) == (torch.float32, torch.bfloat16)
+        kept = torch.bfloat16 if "bf16" in name else torch.float32
+        assert (found["dtype"], found["compute"]) == (kept, torch.bfloat16)
         assert found["offload"] == ("offload" in name)
         assert found["unit"] == "FSDPLlamaDecoderLayer"
 

@@ -22,7 +22,7 @@ FOLDER = config_path("ds_configs/zero2.json").parent
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
 FOR_HF = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
 NVME = "zero3_nvme.json"
-LLAMA = re.compile(r"llama_7b_(\d+)x(\d+)gb\.json")
+LLAMA = re.compile(r"llama_7b_(\d+)x(\d+)gb(_bf16)?\.json")
 
 # What the Trainer fills in where a file says "auto".
 FILLED_IN = {
@@ -185,15 +185,16 @@ def test_deepspeed_understands_each_file_and_trains_with_it():
         assert found["overlap"] == (found["stage"] >= 2), name
         llama = LLAMA.fullmatch(name)
         if llama:
-            gpus, memory = int(llama[1]), int(llama[2])
-            assert found["stage"] == first_choice(gpus, memory), name
-            # One batch, and so one learning rate, for all of them: 1024 sequences.
-            assert (found["batch"], found["bf16"], found["offload"]) == (1024, True, None), name
+            stage, offload = first_choice(int(llama[1]), int(llama[2]), bf16=llama[3] is not None)
+            # One batch, and so one learning rate, for all of a kind: 1024 sequences, 64 to fine-tune in bf16.
+            batch = 64 if llama[3] else 1024
+            assert (found["stage"], found["offload"]) == (stage, offload), name
+            assert (found["batch"], found["bf16"]) == (batch, True), name
         else:
             stage, kind = re.fullmatch(r"zero(\d)_?(\w*)\.json", name).groups()  # type: ignore[union-attr]
             assert found["stage"] == int(stage), name
-            assert found["offload"] == {"offload": "cpu", "nvme": "nvme"}.get(kind), name
-            assert found["bf16"] == (kind == "plain"), name
+            assert found["offload"] == {"offload": "cpu", "nvme": "nvme"}.get(kind.removesuffix("_bf16")), name
+            assert found["bf16"] == (kind == "plain" or kind.endswith("bf16")), name
 
     for name, found in zip(names, seen, strict=False):
         assert found["optimizer"] == "alphaadam_dist.AlphaAdam", name
@@ -201,16 +202,18 @@ def test_deepspeed_understands_each_file_and_trains_with_it():
         assert found["counted"] > 0.9 * (8 * 8 + 3 * 8), name
         if LLAMA.fullmatch(name):
             assert found["decay"] == [0.0, 0.1], name
-            assert found["accumulated in"] == "torch.float32", name
+            assert found["accumulated in"] == f"torch.{'bfloat16' if 'bf16' in name else 'float32'}", name
     assert [found["optimizer"] for found in seen[len(names) :]] == ["torch.AdamW"] * len(FOR_HF)
 
 
-def first_choice(gpus: int, memory: float) -> int:
-    """The ZeRO stage that `alphaadam plan` chooses for Llama-7B."""
-    cluster = plan.Cluster(gpus, 8, memory, 0.4)
-    row = plan.first_fit(plan.rows(plan.shapes("llama-7b"), cluster), plan.DEEPSPEED_ORDER, cluster)
+def first_choice(gpus: int, memory: float, *, bf16: bool) -> tuple[int, str | None]:
+    """The ZeRO stage that `alphaadam plan` chooses for Llama-7B, and where it offloads to."""
+    cluster = plan.Cluster(gpus, 8, memory, plan.HEADROOM["bfloat16" if bf16 else None])
+    planned = (plan.rows_in_bf16 if bf16 else plan.rows)(plan.shapes("llama-7b"), cluster)
+    row = plan.first_fit(planned, plan.DEEPSPEED_ORDER, cluster)
     assert row is not None
-    return {"ZeRO-2": 2, "ZeRO-3": 3}[row.sharding]
+    stage, _, offload = row.sharding.partition(", ")
+    return int(stage.removeprefix("ZeRO-")), "cpu" if offload else None
 
 
 def test_the_nvme_file_asks_for_what_is_served_there():

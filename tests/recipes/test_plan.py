@@ -165,6 +165,39 @@ def test_forty_columns_are_enough(small: str):
 
 
 @pytest.mark.slow
+def test_memory_in_bf16_is_what_is_allocated(ranks2: Ranks):
+    """Bytes a parameter on two ranks: 8 shared out, and at stages 1 and 2 the whole model's weights beside them."""
+    numels = [param.numel() for param in measured.llama().parameters()]
+    total, largest = sum(numels), max(numels)
+    # By then no layer is gathered, and what stage 3 has of a sub-group is a copy of its gradients.
+    copy = 2 * max(measured.SUB_GROUP, largest) / 2
+    expected = {
+        "FSDP2": (8 * total / 2, 8), "ZeRO-1": (2 * total + 8 * total / 2, 8), "ZeRO-2": (2 * total + 8 * total / 2, 8),
+        "ZeRO-3": (8 * total / 2 + copy / 2, copy), "ZeRO-3, CPU offload": (2 * 2 * total / 2 + 8 * total / 2, copy),
+    }  # fmt: skip
+    for found in ranks2.run(measured.in_bf16):
+        for sharding, (size, within) in expected.items():
+            assert found[sharding] == pytest.approx(size, abs=within + 2e-3 * size), sharding
+
+
+def test_in_bf16_llama_7b_fits_on_one_gpu_of_80():
+    result = run("llama-7b", "--gpus", "1", "--memory", "80", "--state-dtype", "bfloat16")
+    assert result.exit_code == 0
+    assert "--deepspeed_config ds_configs/llama_7b_1x80gb_bf16.json" in result.output
+    assert "--deepspeed ds_configs/zero3_bf16.json" in result.output
+    assert "--config_file accelerate_configs/fsdp2_bf16.yaml" in result.output
+    assert run("llama-7b", "--gpus", "1", "--memory", "80", "--headroom", "0.3").exit_code == 0  # by offload only
+    rows = {row.sharding: row for row in plan.rows_in_bf16(plan.shapes("llama-7b"), plan.Cluster(1, 8, 80, 0.3))}
+    assert rows["ZeRO-3"].gpu / 6_738_415_616 == pytest.approx(8, rel=0.02)
+
+
+def test_in_bf16_llama_7b_fits_on_two_of_24_with_offload():
+    result = run("llama-7b", "--gpus", "2", "--memory", "24", "--state-dtype", "bfloat16")
+    assert result.exit_code == 0
+    assert "--deepspeed_config ds_configs/llama_7b_2x24gb_bf16.json" in result.output
+
+
+@pytest.mark.slow
 def test_alphaadams_share_is_what_it_sends(ranks2: Ranks):
     for options, size in (({}, plan.GLOBAL_BYTES), ({"scope": "layer"}, plan.LAYER_BYTES * 5)):
         watched = {"steps": 2, "count_collectives": True}
@@ -200,7 +233,8 @@ def test_in_a_wheel_the_commands_name_what_is_there(tmp_path: Path, monkeypatch:
 
 
 def test_every_file_that_can_be_recommended_exists():
-    for row in plan.rows(plan.shapes("gpt2"), plan.Cluster(16, 8, 80, 0.4)):
+    cluster = plan.Cluster(16, 8, 80, 0.4)
+    for row in plan.rows(plan.shapes("gpt2"), cluster) + plan.rows_in_bf16(plan.shapes("gpt2"), cluster):
         assert plan.config_path(row.config).is_file()
 
 

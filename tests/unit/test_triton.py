@@ -20,7 +20,9 @@ from alphaadam_dist import AlphaAdam, rule
 from alphaadam_dist import kernels as choice
 from alphaadam_dist import options as options_module
 from alphaadam_dist.kernels import cpu, reference
+from alphaadam_dist.rounding import Positions, Rounding
 
+from .problems import same_bits
 from .test_kernels import DIRECTIONS, case, options_of_update, placed, same, sizes
 from .test_tensors import Cast
 
@@ -208,11 +210,15 @@ for T, G in (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64")):
     of_type = {"fp32": kernels.tl.float32, "bf16": kernels.tl.bfloat16, "fp64": kernels.tl.float64}
     constants = {"T": of_type[T], "G": of_type[G], "SCALE": True, "THRESHOLD": True, "ALIGNED": True,
                  "CHUNK": kernels.CHUNK, "BLOCK": kernels.BLOCK}
-    jobs = [(kernels._count, {**tables, "counts": "*i64", "squares": "*fp64"}, {**constants, "NORMS": True})]
+    norms = {**constants, "NORMS": True, "M": constants["T"]}
+    jobs = [(kernels._count, {**tables, "counts": "*i64", "squares": "*fp64"}, norms)]
     for direction in range(3):
         signature = {**tables, "strengths": "*fp64", "strengths_stride": "i32", "numbers": "*fp64", "counts": "*i64"}
-        jobs.append((kernels._update, signature, {**constants, "DIRECTION": direction, "NESTEROV": True,
-                                                  "COLUMNS": 7, "COUNTING": True}))
+        own = {**constants, "DIRECTION": direction, "NESTEROV": True, "COLUMNS": 7, "COUNTING": True}
+        jobs.append((kernels._update, signature, own))
+        if T == "fp32":
+            own = {"P": of_type[G], **{name: value for name, value in own.items() if name != "T"}}
+            jobs.append((kernels._update_rounded, {**signature, "rounding": "*i64"}, own))
     for kernel, signature, constexprs in jobs:
         signature = {**signature, **{name: "constexpr" for name in constexprs}}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
@@ -227,4 +233,66 @@ def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("True") == 12
+    assert done.stdout.count("True") == 18
+
+
+# ---- bf16 state
+
+
+PLACES = [Positions(0, 10**9, 10**9), Positions(2**40 + 77, 10**9, 10**9), Positions(3, 170, 700)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 127, 1300])
+def test_random_bits_and_roundings_are_the_references_to_the_bit(size: int, dtype: torch.dtype) -> None:
+    """By updates whose results in fp32 are exact: m = g, v = g^2 and p = -g."""
+    generator = torch.Generator().manual_seed(size)
+    g = torch.cat([torch.randn(size, generator=generator) * 1e5, torch.tensor([3.4e38, 1e-42, 0.0, -3.39e38])])
+    rounding = Rounding(2**31 + 5, [2**63 + 17] * len(PLACES), PLACES)
+    n = len(g)
+    options: dict[str, Any] = {
+        "strengths": torch.ones((len(PLACES), 2), dtype=torch.float64), "threshold": 0.0, "scale": None,
+        "counting": True, "rounding": rounding,
+    }  # fmt: skip
+    sgd = {"lr": 1.0, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    adam = {"lr": 0.0, "betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
+    for direction, hyper, moments, steps in ((rule.sgd_, sgd, 1, None), (rule.adam_, adam, 2, [1.0] * len(PLACES))):
+        ended = []
+        for update in (reference.update, kernels.update):
+            lists = [[torch.zeros(n, dtype=t) for _ in PLACES] for t in (dtype, *[torch.bfloat16] * moments)]
+            lists = [here(tensors) for tensors in lists]
+            grads = here([g.clamp(-1e18, 1e18) if moments == 2 else g for _ in PLACES])
+            counts = update(direction, lists[0], grads, lists[1:], steps=steps, hyperparameters=hyper, **options)
+            ended.append((counts.tolist(), [tensor.cpu() for tensors in lists for tensor in tensors]))
+        assert ended[0][0] == ended[1][0]
+        for ours, theirs in zip(ended[1][1], ended[0][1], strict=True):
+            assert same_bits(ours, theirs)
+        assert any(float(tensor.abs().max()) > 0 for tensor in ended[0][1][len(PLACES) :])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+@pytest.mark.parametrize("direction", sorted(DIRECTIONS))
+def test_an_update_that_rounds(direction: str, threshold: float) -> None:
+    """The interpreter's multiply-add is not fused, so a few elements round to the neighbour."""
+    function, _, _ = DIRECTIONS[direction]
+    params, grads, moments = case(direction, [2500, 40], 3, torch.float32, 0.0, 0)
+    params, moments = [p.bfloat16() for p in params], [[m.bfloat16() for m in ms] for ms in moments]
+    ours_params, ours_grads, ours_moments = here(params), here(grads), [here(ms) for ms in moments]
+    options = {**options_of_update(direction, 2, threshold, 0.37), "rounding": Rounding(3, [5, 6], PLACES[1:])}
+    expected = reference.update(function, params, grads, moments, **options)
+    counts = kernels.update(function, ours_params, ours_grads, ours_moments, **options)
+    assert torch.equal(counts.cpu(), expected)
+    kept = [*ours_params, *(m for ms in ours_moments for m in ms)]
+    for ours, theirs in zip(kept, [*params, *(m for ms in moments for m in ms)], strict=True):
+        assert (ours.cpu() == theirs).float().mean() > 0.97
+        torch.testing.assert_close(ours.cpu().float(), theirs.float(), rtol=2**-7, atol=1e-3)
+
+
+def test_a_count_of_bf16_moments() -> None:
+    _, grads, (momenta,) = case("lion", [0, 40, 2500], 3, torch.float32, 0.3, 1)
+    momenta = [momentum.bfloat16() for momentum in momenta]
+    options: dict[str, Any] = {"threshold": 0.1, "scale": -1.0, "norms": True, "wide": True}
+    expected, expected_norms = reference.count(grads, momenta, **options)
+    counts, norms = kernels.count(here(grads), here(momenta), **options)
+    assert torch.equal(counts.cpu(), expected)
+    torch.testing.assert_close(norms.cpu(), expected_norms, rtol=1e-12, atol=0.0, equal_nan=True)
