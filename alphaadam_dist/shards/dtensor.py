@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 
-def shards(param: "DTensor", key: str) -> list[Shard]:
+def shards(param: "DTensor", key: str, *, rounded: bool = False) -> list[Shard]:
     """The one shard of a DTensor, named by the rank's coordinate on every mesh dimension that splits it.
 
     Replicate dimensions don't take part, so the replicas of HSDP have equal parts.
@@ -31,7 +31,8 @@ def shards(param: "DTensor", key: str) -> list[Shard]:
         return [Shard(key, ("outside",), 0, 0, param.numel())]
     at = place(param.placements, coordinate)
     numel = param.to_local().numel()
-    return [Shard(key, at, 0, numel, param.numel(), positions=positions(param, coordinate))]
+    found = positions(param, coordinate) if rounded else None
+    return [Shard(key, at, 0, numel, param.numel(), positions=found)]
 
 
 def place(placements: Sequence["Placement"], coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
