@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as Split
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alphaadam_dist import replicas
@@ -144,7 +144,9 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
 def _parameters(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> dict[str, DTensor]:
     params = {}
     for name, shape in shapes().items():
-        local, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+        local, _ = _compute_local_shape_and_global_offset(
+            shape, mesh.shape, list(mesh.get_coordinate() or ()), placements
+        )
         part = torch.empty(local, device="meta")
         params[name] = DTensor.from_local(
             part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=part.stride() or (1,)
