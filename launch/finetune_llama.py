@@ -68,7 +68,6 @@ def main(settings: FinetuneLlama, training: Training) -> None:
 
     from alphaadam_dist.training.data import collate
     from alphaadam_dist.training.models import pretrained_model, pretrained_tokenizer
-    from alphaadam_dist.training.trainer import weights_dtype
     from recipes.answers import Answers, print_answers
     from recipes.instructions import blocks, load_instructions, with_chat_template
     from recipes.models import with_lora
@@ -84,7 +83,7 @@ def main(settings: FinetuneLlama, training: Training) -> None:
             )
         training.schedule(arguments, len(rows), warmup=0.1, evaluations=4)
         set_seed(settings.seed)
-        base = pretrained_model(settings.model, weights_dtype(arguments))
+        base = pretrained_model(settings.model, training.weights_dtype(arguments))
         model = base if settings.lora is None else with_lora(base, settings.lora)
         answers = Answers(corpus.held_out, tokenizer, training.folder)
         training.train(arguments, model, rows, held_out, tokenizer, collate, callbacks=[answers])

@@ -86,6 +86,8 @@ def main(settings: PretrainGpt2, training: Training) -> None:
         model = gpt2(
             tokenizer, layers=settings.layers, hidden=settings.hidden, heads=settings.heads, block=settings.block
         )
+        if training.bf16_parameters:
+            model = model.bfloat16()
         training.train(arguments, model, rows, held_out, tokenizer, collate)
     training.report()
 

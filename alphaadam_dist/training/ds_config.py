@@ -74,3 +74,14 @@ def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
         # torch_adam keeps AdamW the one of torch: DeepSpeed would put its own implementation in its place.
         params = {name: value for name, value in params.items() if name in _ADAMWS} | {"torch_adam": True}
     return {**config, "optimizer": {"type": optimizer, "params": params}}
+
+
+def in_bf16(config: dict[str, Any], *, parameters: bool) -> dict[str, Any]:
+    """A config with AlphaAdam's moments in bf16, and with ``parameters`` masters and gradients too."""
+    changed = dict(config)
+    if "optimizer" in config:
+        params = {**config["optimizer"].get("params", {}), "state_dtype": "bfloat16"}
+        changed["optimizer"] = {**config["optimizer"], "params": params}
+    if parameters:
+        changed["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return changed

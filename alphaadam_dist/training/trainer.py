@@ -91,11 +91,14 @@ def weights_dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 and arguments.deepspeed else torch.float32
 
 
-def _client_optimizer(name: str, arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _client_optimizer(
+    name: str, arguments: TrainingArguments, state_dtype: str | None
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer's class and options for the Trainer, which adds the weight decay of its two parameter groups."""
     kind = AlphaAdam if name == "AlphaAdam" else torch.optim.AdamW
     betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return kind, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
+    own = {} if state_dtype is None else {"state_dtype": state_dtype}
+    return kind, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon, **own}
 
 
 class WholeBatches(Trainer):
@@ -128,14 +131,15 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     compute_loss: Callable[..., torch.Tensor] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    state_dtype: str | None = None,
 ) -> bool:
     """Train to `arguments.max_steps`, from the last complete checkpoint in `arguments.output_dir` if there is one.
 
     Returns whether it reached that step; a callback may have stopped it earlier.
 
     Writes `metrics.jsonl`, `tensorboard/` and the checkpoints into that folder. If a DeepSpeed config names an
-    optimizer, DeepSpeed makes it; otherwise the Trainer makes `optimizer`, AlphaAdam or AdamW. With a `console` the
-    first rank shows the progress there; without one every log entry is printed.
+    optimizer, DeepSpeed makes it; otherwise the Trainer makes `optimizer`, AlphaAdam with moments in `state_dtype` or
+    AdamW. With a `console` the first rank shows the progress there; without one every log entry is printed.
 
     Raises:
         ValueError: the folder has checkpoints that this run did not write.
@@ -156,7 +160,7 @@ def fit(
         callbacks=[*logged, *callbacks, CheckpointMarker()],
         compute_loss_func=compute_loss,
         compute_metrics=compute_metrics,
-        optimizer_cls_and_kwargs=None if named else _client_optimizer(optimizer, arguments),
+        optimizer_cls_and_kwargs=None if named else _client_optimizer(optimizer, arguments, state_dtype),
     )
     if console is not None:
         trainer.remove_callback(PrinterCallback)

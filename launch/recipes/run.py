@@ -36,6 +36,7 @@ from alphaadam_dist.training.tie import end, tie
 from alphaadam_dist.verify.rendezvous import environment
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainerCallback, TrainingArguments
 
 _FINISHED = "finished"
@@ -81,6 +82,13 @@ class Recipe(SavedSettings):
         bool | None,
         option("Compute in bfloat16.", HOW, "--bf16/--no-bf16", default="where the GPU has it"),
     ] = None
+    state_dtype: Annotated[
+        Literal["bfloat16"] | None,
+        option("Keep AlphaAdam's moments in it, rounded stochastically.", HOW, default="that of the weights"),
+    ] = None
+    bf16_parameters: Annotated[
+        bool, option("Train AlphaAdam's weights in bf16, without fp32 masters.", HOW, "--bf16-parameters")
+    ] = False
     gradient_checkpointing: Annotated[
         bool, option("Compute activations twice to keep fewer.", HOW, "--gradient-checkpointing")
     ] = False
@@ -101,6 +109,11 @@ class Recipe(SavedSettings):
             raise ValueError(f"--weight-decay is {self.weight_decay}: it must be 0 or more, and finite")
         if self.fsdp and self.deepspeed is not None:
             raise ValueError(f"--fsdp with --deepspeed {self.deepspeed}: one of them shards the model, so give one")
+        if self.bf16_parameters and self.state_dtype is None:
+            raise ValueError(
+                "--bf16-parameters without --state-dtype bfloat16: weights in bf16 that are rounded to nearest stand "
+                "still at small rates, so give both"
+            )
         if self.deepspeed is not None and not self.deepspeed.is_file():
             raise ValueError(f"--deepspeed is {self.deepspeed}: there is no such file; ds_configs/ has some")
 
@@ -131,6 +144,24 @@ class Training:
         return OPTIMIZERS[self.recipe.optimizer]
 
     @property
+    def state_dtype(self) -> str | None:
+        """Of the moments of AlphaAdam; AdamW has no such option and trains as ever."""
+        return self.recipe.state_dtype if self.recipe.optimizer == "alphaadam" else None
+
+    @property
+    def bf16_parameters(self) -> bool:
+        """Whether the weights themselves are in bf16, without masters."""
+        return self.recipe.bf16_parameters and self.state_dtype is not None
+
+    def weights_dtype(self, arguments: "TrainingArguments") -> "torch.dtype":
+        """The type to load weights in."""
+        import torch
+
+        from alphaadam_dist.training.trainer import weights_dtype
+
+        return torch.bfloat16 if self.bf16_parameters else weights_dtype(arguments)
+
+    @property
     def finished(self) -> bool:
         """Whether it has trained to the end already, and only the report is left."""
         return self.recipe.resume and (self.folder / _FINISHED).exists()
@@ -140,19 +171,25 @@ class Training:
         import datasets
         import transformers
 
-        from alphaadam_dist.training.ds_config import naming_config, read_ds_config
+        from alphaadam_dist.training.ds_config import in_bf16, naming_config, read_ds_config
         from alphaadam_dist.training.trainer import training_arguments
 
         if not (self.first and self.console.is_terminal):
             datasets.disable_progress_bars()
             transformers.utils.logging.disable_progress_bar()
-        recipe = self.recipe
+        recipe, ds_config = self.recipe, None
         with naming_config(recipe.deepspeed):
+            if recipe.deepspeed is not None:
+                ds_config = read_ds_config(recipe.deepspeed, self.optimizer)
+                if self.state_dtype is not None:
+                    ds_config = in_bf16(ds_config, parameters=self.bf16_parameters)
+            # Accelerate would make fp32 weights of those that it is to cast to bf16
+            cast = recipe.bf16 if not self.bf16_parameters else ds_config is not None
             return training_arguments(
                 self.folder,
-                ds_config=read_ds_config(recipe.deepspeed, self.optimizer) if recipe.deepspeed else None,
+                ds_config=ds_config,
                 shard_fsdp=recipe.fsdp,
-                bf16=recipe.bf16,
+                bf16=cast,
                 per_device_train_batch_size=recipe.batch,
                 per_device_eval_batch_size=recipe.batch,
                 gradient_accumulation_steps=recipe.accumulate,
@@ -198,7 +235,10 @@ class Training:
 
         callbacks = [SaveAndStop(self.asked_to_stop), *callbacks]
         with naming_config(self.recipe.deepspeed):
-            finished = fit(self.optimizer, *what, console=self.console, callbacks=callbacks, **options)
+            finished = fit(
+                self.optimizer, *what, console=self.console, callbacks=callbacks, state_dtype=self.state_dtype,
+                **options,
+            )  # fmt: skip
         if not finished:
             raise Stopped(saved=True)
         if self.first:

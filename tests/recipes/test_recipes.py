@@ -237,6 +237,27 @@ def test_a_config_that_deepspeed_does_not_take_is_named(
         assert said in last
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["plain", "fsdp", "zero3"])
+def test_llama_in_bf16_without_masters(ranks2: Ranks, garden: list[str], cache: Path, tmp_path: Path, how: str):
+    """Weights and moments are bf16 at the end, and the loss falls."""
+    sharding = {"plain": [], "fsdp": ["--fsdp"], "zero3": ["--deepspeed", f"{ROOT}/ds_configs/zero3.json"]}[how]
+    in_bf16 = ["--state-dtype", "bfloat16", "--bf16-parameters"]
+    on_ranks(ranks2, "finetune_llama", [*garden, *in_bf16, *sharding], cache)
+    folder = tmp_path / "run" / "alphaadam"
+    losses = _logged(folder, "eval_loss")
+    assert losses[-1][1] < losses[0][1]
+    if how == "plain":
+        held = torch.load(folder / "checkpoint-4" / "optimizer.pt", weights_only=True)
+        assert {state["exp_avg"].dtype for state in held["state"].values()} == {torch.bfloat16}
+        assert held["param_groups"][0]["alphaadam_rounding"] == [1, 4]
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
 def _refused(recipe: str, *arguments: str) -> str:
     app = importlib.import_module(f"launch.{recipe}").app
     result = CliRunner().invoke(app, arguments, env={**PLAIN, **ALONE})
@@ -253,6 +274,8 @@ def _refused(recipe: str, *arguments: str) -> str:
         ("finetune_llama", ["--deepspeed", "nowhere.json"], ["--deepspeed is nowhere.json", "ds_configs/"]),
         ("finetune_llama", ["--model", "./nowhere"], ["--model is ./nowhere", "no such file"]),
         ("finetune_llama", ["--held-out", "no/such/file.jsonl"], ["--held-out is no/such/file.jsonl"]),
+        ("finetune_llama", ["--bf16-parameters"], ["--bf16-parameters without --state-dtype bfloat16"]),
+        ("finetune_llama", ["--state-dtype", "float16"], ["--state-dtype", "bfloat16"]),
         ("finetune_llama", ["--lora", "0"], ["--lora is 0", "1 or more"]),
         ("pretrain_gpt2", ["--hidden", "30", "--heads", "4"], ["--hidden is 30", "--heads 4"]),
         ("pretrain_gpt2", ["--lr", "0"], ["--lr is 0", "above 0"]),

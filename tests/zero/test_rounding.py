@@ -108,6 +108,15 @@ def test_flags_that_contradict_the_option_are_refused(
         ranks2.run(engine.given, config, options)
 
 
+def test_nvme_is_refused(ranks2: Ranks) -> None:
+    """Its buffers have the masters' dtype, and bf16 moments would be read as fp32."""
+    config = engine.config(3)
+    config["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": "/tmp"}
+    config["zero_force_ds_cpu_optimizer"] = False
+    with pytest.raises(RankError, match=r"device='nvme' with state_dtype='bfloat16': .* offload to 'cpu'"):
+        ranks2.run(engine.given, config, {**STATE, "sync": "delayed"})
+
+
 def test_a_threshold_with_clipped_bf16_gradients_is_refused(ranks2: Ranks) -> None:
     with pytest.raises(RankError, match=r"threshold=0\.1 and gradient_clipping=1\.0: .*set threshold or"):
         ranks2.run(engine.given, {**bf16(2), "gradient_clipping": 1.0}, {**STATE, "threshold": 0.1})
