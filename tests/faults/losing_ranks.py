@@ -48,12 +48,12 @@ HANDSHAKE: dict[str, dict[str, Any]] = {
 
 def rank(case: str, here: int, port: int, say: Connection) -> None:
     torch.set_num_threads(1)
-    rank_failures.PATIENCE = 2.0
+    rank_failures.PATIENCE = 6.0
     address = f"tcp://127.0.0.1:{port}"
     # to meet takes as long as a busy machine needs; a rank that is lost after that is waited for in vain
     dist.init_process_group("gloo", init_method=address, rank=here, world_size=WORLD, timeout=timedelta(seconds=90))
     dist.barrier()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=8), dist.group.WORLD)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=20), dist.group.WORLD)
     try:
         (in_the_handshake if case in HANDSHAKE else in_a_step)(case, here)
     except RuntimeError as error:
