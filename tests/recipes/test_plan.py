@@ -90,7 +90,7 @@ def test_memory_in_bf16_is_what_is_allocated(ranks2: Ranks):
     """Bytes a parameter on two ranks: 8 shared out, and at stages 1 and 2 the whole model's weights beside them."""
     numels = [param.numel() for param in measured.llama().parameters()]
     total, largest = sum(numels), max(numels)
-    # By then no layer is gathered. A sub-group has up to so many elements, and stage 3 copies its gradients up to twice;
+    # By then no layer is gathered. A sub-group has up to so many elements; stage 3 copies its gradients twice at most;
     # a copy of the masters, which DeepSpeed would make, is more than that.
     copy = 2 * (measured.SUB_GROUP + largest) / 2
     assert 2 * copy < 2 * total / 2
