@@ -10,7 +10,7 @@ what these leave out and DeepSpeed 0.19.8 allocates: one more bf16 value a param
 offload.
 
 With bf16 state parameters, gradients and moments are all in bf16, without masters: under ZeRO-1 and 2 DeepSpeed keeps a
-copy of each rank's parameters for the optimizer, under ZeRO-3 none, but one of the gradients of the sub-group at work.
+copy of each rank's parameters for the optimizer, under ZeRO-3 none, but two of the gradients of the sub-group at work.
 """
 
 import os
@@ -164,7 +164,7 @@ def rows_in_bf16(model: Shapes, cluster: Cluster) -> list[Row]:
     gpus, nodes = cluster.gpus, cluster.nodes
     counts = GLOBAL_BYTES if gpus > 1 else 0
     weights, states = BF16 * model.total, 4 * BF16 * model.total
-    layer, sub_group = 2 * BF16 * model.largest, BF16 * min(SUB_GROUP, model.total / gpus)
+    layer, sub_group = 2 * BF16 * model.largest, 2 * BF16 * min(SUB_GROUP, model.total / gpus)
     blocks = BF16 * (model.rest + 2 * model.block + max(model.rest, model.block))
     reduced, gathered_twice = 2 * weights * _ring(gpus), 3 * weights * _ring(gpus)
     own = weights / gpus  # of a rank's parameters, at stage 3 and under offload
