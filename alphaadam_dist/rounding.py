@@ -96,7 +96,7 @@ def key_of(seed: int, name: str) -> int:
 
 def philox(counter: Sequence[Tensor | int], key: int) -> list[Tensor]:
     """Philox4x32-10: four words of 32 random bits for each counter of four words, int64 tensors of one shape."""
-    words = [torch.as_tensor(word, dtype=torch.int64) for word in counter]
+    words = [word if isinstance(word, Tensor) else torch.tensor(word, device="cpu") for word in counter]
     low, high = key & _WORD, key >> 32
     for _ in range(10):
         # a product of 64 bits wraps around as int64, and has the right bits

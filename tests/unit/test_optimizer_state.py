@@ -226,7 +226,7 @@ def test_another_option_in_the_checkpoint_warns_and_the_constructor_wins(
     name = next(iter({**written, **now}))
     with pytest.warns(UserWarning, match=rf"written with {name}=.*going on with {name}=") as seen:
         second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert len(seen) == len(second.param_groups)
+    assert len(seen) == 1
     assert all(group[name] == second.defaults[name] for group in second.param_groups)
     before = [p.detach().clone() for p in parameters_of(second)]
     step_with(second, STEPS[1])
