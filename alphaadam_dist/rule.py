@@ -227,23 +227,21 @@ class Memory:
     n: int = 0
 
 
+def _clipped(present: list[tuple[Coordinates, Tensor]], clip_norm: float) -> list[tuple[Coordinates, Tensor]]:
+    """Parameters and gradients, these scaled to a global L2 norm of at most ``clip_norm``."""
+    squares = [g.double().square().sum() for _, g in present]
+    norm = sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
+    coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [(c, g * coefficient.to(g.dtype)) for c, g in present]
+
+
 def step_(
-    model: Sequence[Coordinates],
-    grads: Sequence[Tensor | None],
-    memory: Memory,
-    direction: Callable[..., None] = adam_,
-    *,
-    gamma: float = 0.0,
-    alpha_max: float = 4.0,
-    threshold: float = 0.0,
-    alpha_warmup: int = 0,
-    scope: str = "global",
-    sync: str = "exact",
-    clip_norm: float | None = None,
-    maximize: bool = False,
-    state_dtype: str | None = None,
-    rounding_seed: int = 0,
-) -> list[float]:
+    model: Sequence[Coordinates], grads: Sequence[Tensor | None], memory: Memory,
+    direction: Callable[..., None] = adam_, *,
+    gamma: float = 0.0, alpha_max: float = 4.0, threshold: float = 0.0, alpha_warmup: int = 0, scope: str = "global",
+    sync: str = "exact", clip_norm: float | None = None, maximize: bool = False,
+    state_dtype: str | None = None, rounding_seed: int = 0,
+) -> list[float]:  # fmt: skip
     """One whole step of the rule over all parameters of a model, in one process. Mutates model and memory.
 
     ``direction`` is :func:`adam_`, :func:`lion_`, :func:`sgd_` or another of their kind. Returns the alpha that each
@@ -257,10 +255,7 @@ def step_(
     if state_dtype is not None:
         present = [(c, g.float()) for c, g in present]
     if clip_norm is not None:
-        squares = [g.double().square().sum() for _, g in present]
-        norm = sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
-        coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        present = [(c, g * coefficient.to(g.dtype)) for c, g in present]
+        present = _clipped(present, clip_norm)
 
     masks = [classify(g, c.moments[0].to(g.dtype) if state_dtype else c.moments[0], threshold) for c, g in present]
     rows = [[int(agree.sum()), int(conflict.sum())] for agree, conflict in masks]
@@ -271,11 +266,9 @@ def step_(
         alpha = alpha_from_counts(last[0], last[1], gamma, alpha_max)
     else:
         alpha = alpha_from_counts(total[0], total[1], gamma, alpha_max)
-    per_parameter = (
-        alpha_from_counts(counts[:, 0], counts[:, 1], gamma, alpha_max)
-        if scope == "layer"
-        else alpha.expand(len(present))
-    )
+    per_parameter = alpha.expand(len(present))
+    if scope == "layer":
+        per_parameter = alpha_from_counts(counts[:, 0], counts[:, 1], gamma, alpha_max)
 
     applied = torch.tensor(memory.applied + 1, dtype=torch.float64, device="cpu")
     f_agree, f_conflict = strengths(per_parameter, applied, gamma, alpha_warmup)

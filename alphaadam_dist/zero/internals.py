@@ -393,11 +393,7 @@ class Stage1And2(InParts):
         zero.reduce_gradients = reduce_all
 
     def land(self, params: Iterable[Tensor]) -> None:
-        if older.may_lack("_finalize_cpu_offload_gradient_accumulation"):
-            older.land_1_and_2(self.zero, params)
-            return
-        self.zero._offload_accumulated_param_ids = {self.zero.get_param_id(param) for param in params}
-        self.zero._finalize_cpu_offload_gradient_accumulation()
+        older.land_1_and_2(self.zero, params)
 
 
 def _slice_of_flat(
@@ -462,11 +458,7 @@ class Stage3(InParts):
         return getattr(self.zero, STAGE3_BUFFERS).get(param.ds_id)
 
     def land(self, params: Iterable[Any]) -> None:
-        if older.may_lack("_finalize_offload_gradient_accumulation"):
-            older.land_3(self.zero, params, getattr(self.zero, STAGE3_BUFFERS))
-            return
-        self.zero._offload_boundary_param_ids = {param.ds_id for param in params}
-        self.zero._finalize_offload_gradient_accumulation()
+        older.land_3(self.zero, params, getattr(self.zero, STAGE3_BUFFERS))
 
 
 def wrapper_of(engine: Any) -> Wrapper:

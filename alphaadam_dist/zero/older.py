@@ -61,6 +61,10 @@ def preflattened(zero: Any, group: int) -> Tensor | None:
 
 def land_1_and_2(zero: Any, params: Iterable[Tensor]) -> None:
     """Bring sums of gradients to the offloaded flats, as these do with the last micro-batch's. Mutates the flats."""
+    if not may_lack("_finalize_cpu_offload_gradient_accumulation"):
+        zero._offload_accumulated_param_ids = {zero.get_param_id(param) for param in params}
+        zero._finalize_cpu_offload_gradient_accumulation()
+        return
     for param in params:
         key = zero.get_param_id(param)
         _, source, _, numel = zero.grad_position[key]
@@ -77,6 +81,10 @@ def land_1_and_2(zero: Any, params: Iterable[Tensor]) -> None:
 
 def land_3(zero: Any, params: Iterable[Any], buffers: dict[int, Tensor]) -> None:
     """The same at stage 3, from its buffers by ``ds_id``."""
+    if not may_lack("_finalize_offload_gradient_accumulation"):
+        zero._offload_boundary_param_ids = {param.ds_id for param in params}
+        zero._finalize_offload_gradient_accumulation()
+        return
     for param in params:
         gradient = buffers[param.ds_id]
         group, offset, _ = zero.grad_position[zero.get_param_id(param)]
