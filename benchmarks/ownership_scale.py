@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as Split
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from alphaadam_dist import layout as layouts
 from alphaadam_dist import replicas
 from alphaadam_dist.kernels import consensus
 from alphaadam_dist.layout import _hash, build_layout
@@ -124,7 +125,9 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
         options = FamilyOptions(scope=scope)
         statistics = Statistics(options)
         optimizer: Any = SimpleNamespace(_run=SimpleNamespace(layout=None), state={}, _adopt=lambda: statistics)
-        patches = mock.patch.multiple(dist, all_gather_single=gather, all_reduce=reduced)
+        patches = contextlib.ExitStack()
+        patches.enter_context(mock.patch.object(layouts, "all_gather_single", gather))
+        patches.enter_context(mock.patch.object(dist, "all_reduce", reduced))
         with patches, _peak_memory() as peak:
             start = time.process_time()
             layout = build_layout(
@@ -144,9 +147,7 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
 def _parameters(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> dict[str, DTensor]:
     params = {}
     for name, shape in shapes().items():
-        local, _ = _compute_local_shape_and_global_offset(
-            shape, mesh.shape, list(mesh.get_coordinate() or ()), placements
-        )
+        local, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
         part = torch.empty(local, device="meta")
         params[name] = DTensor.from_local(
             part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=part.stride() or (1,)
