@@ -18,7 +18,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch._dynamo  # a step needs it, and so that not each of 39 processes imports it
 import torch.distributed as dist
+import torch.distributed.tensor
 from torch import nn
 
 from alphaadam_dist import AlphaAdam, rank_failures
@@ -58,7 +60,7 @@ def rank(case: str, here: int, port: int, say: Connection) -> None:
         (in_the_handshake if case in HANDSHAKE else in_a_step)(case, here)
     except RuntimeError as error:
         say.send(f"{type(error).__name__}: {error}")
-        time.sleep(5)  # so that no rank hears of this one's end before it hears of the lost one's
+        time.sleep(60)  # so that no rank hears of this one's end before it hears of the lost one's
     os._exit(0)
 
 
