@@ -155,7 +155,4 @@ def named(param_groups: Sequence[Mapping[str, Any]], first_group: int = 0) -> li
 
 def _shards_of(optimizer: Persistent, name: str, param: Tensor) -> list[Shard]:
     has_names = "param_names" in optimizer.param_groups[0]
-    return shards_of(
-        param, name, named=has_names, sharding=optimizer.sharding, group=optimizer.process_group,
-        rounded=optimizer._run.options.state_dtype is not None,
-    )  # fmt: skip
+    return shards_of(param, name, named=has_names, sharding=optimizer.sharding, group=optimizer.process_group)

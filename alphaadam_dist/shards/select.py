@@ -8,21 +8,18 @@ from ..tensors import is_dtensor
 from . import Shard, dtensor, fsdp1
 
 
-def shards_of(
-    param: Tensor, key: str, *, named: bool, sharding: str, group: dist.ProcessGroup | None, rounded: bool
-) -> list[Shard]:
+def shards_of(param: Tensor, key: str, *, named: bool, sharding: str, group: dist.ProcessGroup | None) -> list[Shard]:
     """The shards that an optimizer parameter of the name ``key`` holds on this rank.
 
     Args:
         named: ``key`` is the model's name for it, not a place in the optimizer's list.
         sharding, group: the optimizer's options of that name and ``process_group``.
-        rounded: a DTensor's positions will be asked for, which take half a millisecond to find.
 
     Raises:
         ValueError: it cannot be told which part of the model this is, with what the user must say.
     """
     if is_dtensor(param):
-        return dtensor.shards(param, key, rounded=rounded)
+        return dtensor.shards(param, key)
     if sharding == "replicated":
         return _plain(param, key)
     if fsdp1.marked(param):

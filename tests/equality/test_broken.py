@@ -30,7 +30,7 @@ def no_proof(patch: pytest.MonkeyPatch) -> None:
 def replicas_count_twice(patch: pytest.MonkeyPatch) -> None:
     """A rank's coordinate on replicated mesh dimensions taken for a part of the parameter."""
 
-    def every_coordinate(param: DTensor, key: str, **_: Any) -> list[Shard]:
+    def every_coordinate(param: DTensor, key: str) -> list[Shard]:
         part = tuple(enumerate(param.device_mesh.get_coordinate() or ()))
         return [Shard(key, part, 0, param.to_local().numel(), param.numel())]
 

@@ -37,7 +37,7 @@ def clip_by_one_rank(patch: Patch) -> None:
 def owned_twice(patch: Patch) -> None:
     """A coordinate on a replicated mesh dimension taken for a part of the parameter."""
 
-    def every_coordinate(param: DTensor, key: str, **_: Any) -> list[Shard]:
+    def every_coordinate(param: DTensor, key: str) -> list[Shard]:
         part = tuple(enumerate(param.device_mesh.get_coordinate() or ()))
         return [Shard(key, part, 0, param.to_local().numel(), param.numel())]
 
