@@ -55,6 +55,7 @@ def main(settings: FinetuneGlue, training: Training) -> None:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
     from alphaadam_dist.training.models import naming_model, pretrained_tokenizer
+    from alphaadam_dist.training.transformers_versions import in_dtype
     from recipes.glue import TASKS, load_task
 
     task = TASKS[settings.task]
@@ -75,7 +76,7 @@ def main(settings: FinetuneGlue, training: Training) -> None:
         set_seed(settings.seed)
         with naming_model(settings.model):
             model = AutoModelForSequenceClassification.from_pretrained(
-                settings.model, num_labels=len(task.labels) or 1, dtype=training.weights_dtype(arguments)
+                settings.model, num_labels=len(task.labels) or 1, **in_dtype(training.weights_dtype(arguments))
             )
         collate = DataCollatorWithPadding(tokenizer)
         measures: dict[str, Any] = {"compute_loss": task.loss, "compute_metrics": task.compute}

@@ -17,7 +17,7 @@ class AlphaOptimizers(OptimizersContainer):
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Any:
-        if name in ("AlphaAdam", "AlphaLion", "AlphaSGD"):
+        if name in alphaadam_dist.__all__:
             return getattr(alphaadam_dist, name)
         return OptimizersContainer._resolve_optimizer_factory(name)
 

@@ -32,6 +32,7 @@ from transformers import (
 from alphaadam_dist.paths import cache_dir
 from alphaadam_dist.training.corpus import load_corpus
 from alphaadam_dist.training.data import byte_level_bpe, token_blocks
+from alphaadam_dist.training.transformers_versions import in_dtype
 
 from .trial import Task, Trial
 
@@ -116,7 +117,7 @@ def finetune(scale: Scale, seed: int) -> Trial:
     """A language model of code goes on with prose: Python's manual, which the corpus leaves out."""
     if scale.pretrained is not None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(scale.pretrained)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(scale.pretrained, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(scale.pretrained, **in_dtype(torch.float32))
     else:
         tokenizer = bpe(scale.data, scale.vocabulary)
         model = new_llama(scale)
