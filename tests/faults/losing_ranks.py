@@ -50,7 +50,7 @@ HANDSHAKE: dict[str, dict[str, Any]] = {
 
 def rank(case: str, here: int, port: int, say: Connection) -> None:
     torch.set_num_threads(1)
-    rank_failures.PATIENCE = 6.0
+    rank_failures.PATIENCE = 25.0  # more than the timeout: so each rank has met the failure before another names it
     address = f"tcp://127.0.0.1:{port}"
     # to meet takes as long as a busy machine needs; a rank that is lost after that is waited for in vain
     dist.init_process_group("gloo", init_method=address, rank=here, world_size=WORLD, timeout=timedelta(seconds=90))
