@@ -3,7 +3,7 @@
 In all of them g is the gradient, m and v are Adam's moments with g in them already, and u = m_hat / (sqrt(v_hat) + eps)
 is Adam's direction. Weight decay is decoupled. One process, dense gradients, no schedule of their own.
 
-The last two are controls, not proposals: each takes one idea out of AlphaAdam and keeps the rest.
+The last three are controls, not proposals: each takes one idea out of AlphaAdam and keeps the rest.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from alphaadam_dist import rule
+from alphaadam_dist import AlphaAdam, rounding, rule
 
 Held = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, parameter group
 
@@ -181,6 +182,18 @@ class RandomMask(_MaskControl):
             drawn.append(((agree | conflict) & ~held_back, (agree | conflict) & held_back))
         agreeing, conflicting = _counts(drawn)
         return drawn, rule.alpha_from_counts(agreeing, conflicting, gamma=0.0, alpha_max=4.0)
+
+
+class RoundsToNearest(AlphaAdam):
+    """AlphaAdam whose bf16 state is rounded to the nearest, halves away from zero: half a unit in place of chance."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with mock.patch.object(rounding, "random_bits", _half_a_unit):
+            return super().step(closure)
+
+
+def _half_a_unit(_key: int, _positions: Any, numel: int, *, device: torch.device | None = None, **_: Any) -> Tensor:
+    return torch.full((numel,), 2**15, device=device)
 
 
 def _counts(masks: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -13,7 +13,7 @@ from alphaadam_dist.optimizer import AlphaOptimizer
 
 from . import counterexamples, tasks
 from .tasks import Scale
-from .trial import Task
+from .trial import Task, with_bf16_parameters
 from .variants import BY_NAME
 
 WARMUP = 0.1
@@ -61,6 +61,8 @@ def run(scale: Scale, job: Job) -> Result:
     task, variant = all_tasks(scale)[job.task], BY_NAME[job.variant]
     steps = task.steps * job.length
     start = task.start(job.seed)
+    if variant.bf16_parameters:
+        start = with_bf16_parameters(start)
     groups = [{"params": start.other, "scale": 1.0}]
     if start.embedding:
         groups.append({"params": start.embedding, "scale": job.embedding})

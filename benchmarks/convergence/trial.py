@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,6 +23,38 @@ class Trial:
     evaluate: Callable[[], float]
     embedding: list[nn.Parameter] | None = None
     project: Callable[[], None] | None = None
+
+
+def with_bf16_parameters(trial: Trial) -> Trial:
+    """The trial over bf16 copies of its parameters, whose gradients come in bf16.
+
+    Losses are computed in fp32 from their values, so that what differs is what the optimizer rounds.
+    """
+    params = [*trial.other, *(trial.embedding or [])]
+    copies = [nn.Parameter(param.detach().bfloat16()) for param in params]
+
+    def hand_over(copy: nn.Parameter, param: Tensor) -> None:
+        assert param.grad is not None
+        copy.grad, param.grad = param.grad.bfloat16(), None
+
+    for param, copy in zip(params, copies, strict=True):
+        param.register_post_accumulate_grad_hook(functools.partial(hand_over, copy))
+
+    @torch.no_grad()
+    def widen() -> None:
+        for param, copy in zip(params, copies, strict=True):
+            param.copy_(copy)
+
+    def loss(step: int) -> Tensor:
+        widen()
+        return trial.loss(step)
+
+    def evaluate() -> float:
+        widen()
+        return trial.evaluate()
+
+    first = len(trial.other)
+    return Trial(copies[:first], loss, evaluate, embedding=copies[first:])
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Variant:
             weight decay is divided by it, so that their product is that of the others.
         controlled: goes on to the controls: no clipping, twice the learning rate, the embedding's learning rate, longer
             training.
+        bf16_parameters: it steps bf16 copies of the model's parameters.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Variant:
     options: dict[str, Any]
     lr_scale: float = 1.0
     controlled: bool = False
+    bf16_parameters: bool = False
 
     def build(self, groups: list[dict[str, Any]], lr: float, *, steps: int, seed: int) -> Optimizer:
         """The optimizer over ``groups``, whose own "scale" multiplies ``lr``. "warmup" is a share of ``steps``."""
@@ -67,4 +69,19 @@ VARIANTS = (
     Variant("Lion", baselines.Lion, {"betas": LION_BETAS}, lr_scale=0.5),
     Variant("AlphaLion", AlphaLion, {**FAST, "betas": LION_BETAS}, lr_scale=0.25),
 )
-BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+BF16 = {"state_dtype": "bfloat16"}
+PRECISIONS = tuple(
+    Variant(f"{name}, beta2 {beta2}", kind, {**options, "betas": (0.9, beta2)}, bf16_parameters="parameters" in name)
+    for beta2 in (0.95, 0.999)
+    for name, kind, options in (
+        ("fp32", AlphaAdam, FAST),
+        ("bf16 state", AlphaAdam, {**FAST, **BF16}),
+        ("bf16 state to the nearest", baselines.RoundsToNearest, BF16),
+        ("bf16 parameters and state", AlphaAdam, {**FAST, **BF16}),
+        ("bf16 parameters and state to the nearest", baselines.RoundsToNearest, BF16),
+    )
+)
+"""AlphaAdam with its defaults, for the comparison of precisions: each beta2's others are compared with its first."""
+
+BY_NAME = {variant.name: variant for variant in (*VARIANTS, *PRECISIONS)}

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.training.data import byte_level_bpe
-from benchmarks.convergence import analysis, counterexamples, protocol, report, runs, tasks, timing
+from benchmarks.convergence import analysis, counterexamples, precision, protocol, report, runs, tasks, timing
 from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.plots import draw
 from benchmarks.convergence.protocol import Study
 from benchmarks.convergence.runner import Runner, results_file
 from benchmarks.convergence.runs import Job, Result
 from benchmarks.convergence.trial import Task
-from benchmarks.convergence.variants import ADAMW, ALPHAADAM, BY_NAME, VARIANTS
+from benchmarks.convergence.variants import ADAMW, ALPHAADAM, BY_NAME, PRECISIONS, VARIANTS
 
 from .conftest import only_kernels
 
@@ -287,3 +287,23 @@ def test_a_part_of_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     wrong = CliRunner().invoke(app, ["--optimizer", "Leon"])
     assert wrong.exit_code == 2
     assert "Leon; there are AdamW, AlphaAdam" in " ".join(wrong.output.split())
+
+
+@pytest.mark.slow
+def test_precisions_are_compared_with_fp32_of_the_same_beta2(
+    scale: tasks.Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "RATES", {"llama": 2e-3})
+    monkeypatch.setattr(precision, "LENGTHS", (1,))
+    monkeypatch.setattr(precision, "SEEDS", (1, 2))
+    runner = Runner(scale, tmp_path / "runs.jsonl", workers=1)
+    runner.pool = ThreadPoolExecutor(1)
+    jobs = [job for variant in PRECISIONS for job in precision.of("llama", variant, 1)]
+    losses = {result.job: result.final for result in runner.results(jobs)}
+    for row in (row for row in precision.report(runner, "head") if "beta2" in row):
+        name, cell = row.strip("| ").split(" | ")
+        own = [losses[job] for job in jobs if job.variant == name]
+        base = [losses[job] for job in jobs if job.variant == f"fp32, {name.partition(', ')[2]}"]
+        fp32 = name.startswith("fp32")
+        assert cell == (f"{sum(own) / 2:.3f}" if fp32 else report.show(analysis.paired(own, base)))
+        assert own != base or fp32

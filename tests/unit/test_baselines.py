@@ -147,3 +147,20 @@ def test_random_mask_holds_back_as_many_but_others_and_keeps_the_mean_step() -> 
     assert held_back.sum().item() == pytest.approx(conflicts.sum().item(), rel=0.08)  # 4 standard deviations
     assert (held_back & conflicts).sum() < conflicts.sum() // 3
     assert f[evidence].mean().item() == pytest.approx(1.0, rel=1e-9)
+
+
+def test_rounds_to_nearest_is_alphaadam_whose_bf16_numbers_are_the_nearest() -> None:
+    grads = [[grad.float() for grad in step] for step in gradients(1, torch.float64, SHAPES)]
+    options = {**ADAMW, "state_dtype": "bfloat16"}
+    starts = [start.float() for start in tensors(0, torch.float64, SHAPES)]
+    nearest = baselines.RoundsToNearest([nn.Parameter(start.clone()) for start in starts], **options)
+    chance = AlphaAdam([nn.Parameter(start.clone()) for start in starts], **options)
+    exact = AlphaAdam([nn.Parameter(start.clone()) for start in starts], **ADAMW)
+    for optimizer in (nearest, chance, exact):
+        step_with(optimizer, grads[0])
+    differs = False
+    for mine, theirs, twin in zip(*map(parameters_of, (nearest, chance, exact)), strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(nearest.state[mine][moment], exact.state[twin][moment].bfloat16())
+            differs |= not torch.equal(chance.state[theirs][moment], nearest.state[mine][moment])
+    assert differs

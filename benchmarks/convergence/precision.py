@@ -1,0 +1,82 @@
+"""The command ``python -m benchmarks.convergence.precision``: does AlphaAdam train as well with bf16 state?
+
+fp32, bf16 moments, and bf16 parameters with bf16 moments, rounded as the library does it and to the nearest, on the
+language tasks at the rate that fp32 was tuned to, five seeds, paired. The model computes in fp32 in all of them, so
+that a difference is the optimizer's. At two values of beta2, because a moment of which a step changes less than half a
+unit in the last place stands still when it is rounded to the nearest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+from dataclasses import asdict
+
+import torch
+import typer
+
+from . import tasks
+from .__main__ import RESULTS, RUNS, machine
+from .analysis import paired
+from .protocol import SEEDS
+from .report import show, table
+from .runner import Runner, results_file, start_process
+from .runs import Job
+from .variants import PRECISIONS, Variant
+
+RATES = {"gpt": 4e-3, "llama": 8e-3, "finetune": 4e-3}
+"""The best of AlphaAdam in fp32, benchmarks/results/2026-11-24-convergence.md."""
+LENGTHS = (1, 4)
+
+
+def main() -> None:
+    """Run what has not been run, then write the tables and every run."""
+    start_process()
+    tasks.pretrain(tasks.SMALL)
+    runner = Runner(tasks.SMALL, results_file(tasks.SMALL, RUNS), workers=2)
+    jobs = [job for length in LENGTHS for task in RATES for variant in PRECISIONS for job in of(task, variant, length)]
+    for i, _ in enumerate(runner.results(jobs), start=1):
+        print(f"\r{i} of {len(jobs)} runs", end="", flush=True)
+    runner.close()
+    date = datetime.date.today().isoformat()
+    stem = RESULTS / f"{date}-precision"
+    head = f"{date}, {machine()}, torch {torch.__version__}; `python -m benchmarks.convergence.precision`."
+    stem.with_suffix(".md").write_text("\n".join([*report(runner, head), ""]))
+    runs = [asdict(runner.done[job]) for job in jobs]
+    stem.with_suffix(".json").write_text(json.dumps({"date": date, "machine": machine(), "runs": runs}) + "\n")
+    print(f"\nwrote {stem.with_suffix('.md')}")
+
+
+def of(task: str, variant: Variant, length: int) -> list[Job]:
+    """One run a seed."""
+    return [Job(task, variant.name, RATES[task], seed, length=length) for seed in SEEDS]
+
+
+def report(runner: Runner, head: str) -> list[str]:
+    """A table for each length of training: the loss in fp32, and what the others differ from it."""
+    titles = {task.name: task.title for task in tasks.tasks(runner.scale)}
+    lines = [
+        "# bf16 state and parameters: the tables",
+        "",
+        head,
+        "",
+        f"Held-out loss of {len(SEEDS)} seeds; the fp32 rows have the loss, the others their difference to the fp32 "
+        "row above. **Bold**: the 95 % interval of the paired difference leaves 0 out. Negative is better.",
+    ]
+    for length in LENGTHS:
+        rows = []
+        for variant in PRECISIONS:
+            own = {task: [runner.done[job].final for job in of(task, variant, length)] for task in RATES}
+            if variant.name.startswith("fp32"):
+                base = own
+                rows.append([variant.name, *(f"{statistics.fmean(losses):.3f}" for losses in own.values())])
+            else:
+                rows.append([variant.name, *(show(paired(own[task], base[task])) for task in RATES)])
+        lines += ["", f"## {length} times the steps" if length > 1 else "## The tasks' own steps", ""]
+        lines += table(["", *(titles[task] for task in RATES)], rows)
+    return lines
+
+
+if __name__ == "__main__":
+    typer.run(main)
