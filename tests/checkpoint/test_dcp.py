@@ -29,6 +29,7 @@ from alphaadam_dist.verify.model import Llama, next_token_loss, token_batches
 
 from .. import threads
 from ..equality import llamas, pieces
+from ..marks import nightly_but
 from ..ranks import RankError, Ranks
 
 pytestmark = pytest.mark.slow
@@ -145,10 +146,11 @@ def test_hsdp(tmp_path: Path, saved: str, loaded: str, options: dict[str, Any]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [OPTIONS["exact"], OPTIONS["delayed"]], ids=["exact", "delayed"])
+@pytest.mark.parametrize("setting", nightly_but(["exact", "delayed"], every=2))
 @pytest.mark.parametrize("sharding", ["fsdp1-original", "fsdp1-flat"])
-def test_fsdp1(ranks4: Ranks, ranks2: Ranks, tmp_path: Path, sharding: str, options: dict[str, Any]) -> None:
+def test_fsdp1(ranks4: Ranks, ranks2: Ranks, tmp_path: Path, sharding: str, setting: str) -> None:
     """On processes, because FSDP1 asks its process group for a device that threads don't have."""
+    options = OPTIONS[setting]
     uninterrupted = ranks4.run(straight, sharding, options, str(tmp_path))
     for ranks in (ranks4, ranks2):
         assert_goes_on(ranks.run(resumed, sharding, options, str(tmp_path)), uninterrupted)

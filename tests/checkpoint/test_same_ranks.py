@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.marks import nightly_but
 from tests.models import tiny_llama, token_batches
 from tests.ranks import Ranks
 from tests.zero import engine
@@ -70,21 +72,17 @@ def run(case: str, folder: str, *, save: bool = False, load: bool = False) -> di
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """Every case run without a break, saving on the way; its processes have ended before any test loads."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+def others() -> Iterator[Ranks]:
+    """Processes that save; those that load are not the same."""
     ranks = Ranks(2)
-    results = {case: ranks.run(run, case, str(folder), save=True) for case in CASES}
+    yield ranks
     ranks.stop()
-    return folder, results
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_resumed_equals_uninterrupted(
-    ranks2: Ranks, uninterrupted: tuple[Path, dict[str, list[dict[str, Any]]]], case: str
-) -> None:
-    folder, results = uninterrupted
-    for resumed, straight in zip(ranks2.run(run, case, str(folder), load=True), results[case], strict=True):
+@pytest.mark.parametrize("case", nightly_but(CASES, every=2))
+def test_resumed_equals_uninterrupted(ranks2: Ranks, others: Ranks, tmp_path: Path, case: str) -> None:
+    uninterrupted = others.run(run, case, str(tmp_path), save=True)
+    for resumed, straight in zip(ranks2.run(run, case, str(tmp_path), load=True), uninterrupted, strict=True):
         assert resumed["seen"] == straight["seen"][SAVED_AFTER:]
         if "layer" not in case:  # alphas by layer are not kept
             assert resumed["alpha_at_start"] == straight["seen"][SAVED_AFTER - 1][0]

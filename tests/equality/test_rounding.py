@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from alphaadam_dist.shards import dtensor
 
 from .. import threads
 from ..family import AlphaSignum
+from ..marks import nightly_but
 from ..ranks import RankError
 from . import given, pieces
 
@@ -51,9 +53,7 @@ def differences(regime: str, setting: str, kind: str, dtype: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("regime", KNOWN)
+@pytest.mark.parametrize(("dtype", "setting", "regime"), nightly_but(product(DTYPES, SETTINGS, KNOWN), every=2))
 def test_given_gradients(regime: str, setting: str, dtype: str) -> None:
     """AlphaAdam with "exact", one of the family with each other setting."""
     which = 0 if setting == "exact-0.0" else KNOWN.index(regime) + list(SETTINGS).index(setting)

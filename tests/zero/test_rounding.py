@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from alphaadam_dist import AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
+from tests.marks import nightly_but
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
 from tests.zero.test_equality import assert_equal
@@ -50,19 +52,19 @@ BF16_MASTERS = {
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("mode", [m if m == "zero2" else pytest.param(m, marks=slow) for m in FP32_MASTERS])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_with_fp32_masters(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:
-    options = {**options, **STATE}
+@slow
+@pytest.mark.parametrize(("setting", "mode"), nightly_but(product(OPTIONS, FP32_MASTERS), every=2))
+def test_with_fp32_masters(ranks2: Ranks, mode: str, setting: str) -> None:
+    options = {**OPTIONS[setting], **STATE}
     dtype = torch.bfloat16 if "bf16" in mode else torch.float32
     ranks = ranks2.run(engine.given, FP32_MASTERS[mode], options)
     assert_equal(ranks, engine.given_alone(options, dtype=dtype))
 
 
-@pytest.mark.parametrize("mode", [m if m == "zero3" else pytest.param(m, marks=slow) for m in BF16_MASTERS])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_with_bf16_masters(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:
-    options = {**options, **STATE}
+@slow
+@pytest.mark.parametrize(("setting", "mode"), nightly_but(product(OPTIONS, BF16_MASTERS), every=2))
+def test_with_bf16_masters(ranks2: Ranks, mode: str, setting: str) -> None:
+    options = {**OPTIONS[setting], **STATE}
     ranks = ranks2.run(engine.given, BF16_MASTERS[mode], options)
     assert_equal(ranks, engine.given_alone(options, dtype=torch.bfloat16, masters=torch.bfloat16))
 

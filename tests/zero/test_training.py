@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.marks import nightly_but
 from tests.ranks import Ranks
 from tests.zero import engine
 
@@ -49,7 +50,7 @@ def test_llama_equals_one_process(ranks2: Ranks, mode: str, sync: str) -> None:
     check(ranks2, mode, sync)
 
 
-@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+@pytest.mark.parametrize("mode", nightly_but(["zero3", "zero2"], every=2))
 def test_tied_embeddings(ranks2: Ranks, mode: str) -> None:
     check(ranks2, mode, "exact", tied=True)
 
