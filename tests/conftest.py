@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
+from . import older_torch
 from .ranks import Ranks
 
 
@@ -21,6 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         pooled = any(name in ("ranks1", "ranks2", "ranks3", "ranks4") for name in getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("ranks" if pooled else item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Skip what an older torch itself cannot do; it says so deep in a rank, so that no condition could tell before."""
+    try:
+        return (yield)
+    except Exception as error:
+        reason = older_torch.lacks(error)
+        if reason is None:
+            raise
+        pytest.skip(reason)
 
 
 def _pool(world: int) -> Iterator[Ranks]:

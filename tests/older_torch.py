@@ -17,6 +17,22 @@ TORCH = numbers(torch.__version__)
 # since 2.7 ranks that all have the whole tensor need not send it
 _NOT_SENT = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
 
+LACKS = {
+    "FSDP+TP sharding does not support uneven sharding": "shards nothing of uneven size by FSDP2 and TP together",
+    "'Stream' object has no attribute 'record_event'": "runs no forward under FSDP2 on a CPU",
+    "addcdiv_(): argument 'value' must be Number, not Tensor": "takes no tensor for AdamW's rate",
+}
+"""What torch 2.6 itself cannot do, by what it says. The tests that ask for it are skipped there."""
+
+before_2_7 = pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not do this, with AdamW neither")
+
+
+def lacks(error: BaseException) -> str | None:
+    """Why a test cannot run on this torch; None where the error is no fault of torch."""
+    found = [reason for said, reason in LACKS.items() if said in str(error)]
+    return f"torch 2.6 {found[0]}" if found and TORCH < (2, 7) else None
+
+
 gradients_of_another_dtype = pytest.mark.skipif(
     not hasattr(Tensor, "grad_dtype"), reason="this torch gives every gradient its parameter's dtype"
 )

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ..rounding import consecutive
+from ..torch_versions import TESTED
 from . import Shard, clean_name
-
-TESTED_VERSIONS = ("2.13.0",)
 
 MARKS = {"original": "_fsdp_flattened", "flat": "_is_flat_param"}
 MODULE_NAMES = {
@@ -55,7 +54,7 @@ def missing_names() -> list[str]:
 def _moved(missing: list[str]) -> RuntimeError:
     return RuntimeError(
         f"torch {torch.__version__} no longer has {', '.join(missing)}, by which FSDP1's shards are told from "
-        f"whole parameters. Install a tested version (torch=={' or '.join(TESTED_VERSIONS)}), shard with FSDP2 "
+        f"whole parameters. Install a tested version (torch>={TESTED[0]},<={TESTED[1]}), shard with FSDP2 "
         "(torch.distributed.fsdp.fully_shard), or give sharding='replicated' if no parameter is sharded by FSDP1"
     )
 

@@ -110,6 +110,8 @@ def allow(kind: type) -> None:
 
 def allow_bf16_offload(kind: type) -> None:
     """Let an optimizer class step offloaded bf16 masters, which DeepSpeed leaves to its own CPU Adam."""
+    if older.may_lack("_configure_master_weights"):
+        return  # there are no such masters yet
     configure = getattr(ZeROOptimizer._configure_master_weights, "__wrapped__", ZeROOptimizer._configure_master_weights)
 
     @functools.wraps(configure)

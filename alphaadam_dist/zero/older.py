@@ -19,6 +19,7 @@ SINCE = {
     "super_offload": "0.18.0",
     "bf16_master_weights_and_gradients": "0.18.3",
     "bf16_optimizer_states": "0.18.3",
+    "_configure_master_weights": "0.18.3",
     "_get_preflattened_grad_partition": "0.19.2",
     "managed_gradient_accumulation": "0.19.4",
     "is_gradient_accumulation_boundary": "0.19.5",

@@ -108,7 +108,6 @@ def test_hybrid_shard_of_original_parameters_takes_the_shard_group() -> None:
 
 def test_the_installed_torch_has_every_private_name() -> None:
     assert fsdp1.missing_names() == []
-    assert torch.__version__.split("+")[0] in fsdp1.TESTED_VERSIONS
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_a_name_that_torch_has_moved_is_an_error_not_a_guess(
     else:
         monkeypatch.setattr(where, name, value)
     params = [nn.Parameter(torch.ones(3))]
-    with pytest.raises(RuntimeError, match=r"no longer has .*torch==2\.13\.0") as error:
+    with pytest.raises(RuntimeError, match=r"no longer has .*torch>=2\.6,<=2\.15") as error:
         AlphaAdam(params)
     assert said in str(error.value)
     AlphaAdam(params, sharding="replicated")  # the way out that the message names

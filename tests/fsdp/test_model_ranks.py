@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard as Split
 
 from alphaadam_dist import AlphaAdam
 from tests.models import Given, given_gradients
-from tests.older_torch import distributed
+from tests.older_torch import before_2_7, distributed
 
 from .. import threads
 from ..equality import given, pieces
@@ -243,6 +243,7 @@ def replicated_on_two_of_three(**options: Any) -> Any:
     return seen, counted.seen
 
 
+@before_2_7
 def test_replicated_dtensors_reduce_nothing_whatever_their_mesh() -> None:
     for seen, collectives in threads.run(3, replicated_on_two_of_three)[:2]:
         assert seen == alone()[0]

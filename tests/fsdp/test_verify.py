@@ -23,6 +23,7 @@ from alphaadam_dist.verify.settings import Setting
 from alphaadam_dist.zero import internals
 
 from .. import threads
+from ..older_torch import before_2_7
 from ..ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -299,6 +300,7 @@ def test_the_model_is_one_for_fast_kernels() -> None:
     assert sum(param.numel() for param in run.llama(CPU).parameters()) >= kernels.SMALL
 
 
+@before_2_7
 def test_without_fast_kernels_all_rows_are_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(fused: bool | None, device: torch.device, elements: int) -> Any:
         if fused:

@@ -101,12 +101,15 @@ def _tiny_gpt2() -> GPT2LMHeadModel:
 
 
 def test_packing_is_refused_where_models_pass_over_its_borders(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(transformers, "__version__", "4.48.3")
+    monkeypatch.setattr(transformers_versions.transformers, "__version__", "4.48.3")
     with pytest.raises(ValueError, match=r"--packing needs Transformers 5, and this is 4\.48\.3.*--no-packing"):
         transformers_versions.refuse_packing()
 
 
-@pytest.mark.skipif(numbers(transformers.__version__) < (5,), reason="packing is refused there")
+packs = pytest.mark.skipif(numbers(transformers.__version__) < (5,), reason="packing is refused there")
+
+
+@packs
 @pytest.mark.parametrize("build", [tiny_llama, _tiny_gpt2], ids=["llama", "gpt2"])
 def test_packed_examples_do_not_see_each_other(build: Any):
     """The loss of packed rows is that of the examples one by one, with padding too."""
@@ -126,6 +129,7 @@ def test_packed_examples_do_not_see_each_other(build: Any):
     assert total(packed) == pytest.approx(alone, rel=1e-6)
 
 
+@packs
 def test_long_conversations_are_cut_and_long_texts_go_on(cache: Path, tokenizer: PreTrainedTokenizerFast):
     tokenizer.chat_template = CHATML
     said: list[str] = []

@@ -16,6 +16,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
 
+from ..older_torch import before_2_7
 from .problems import same_bits
 
 WAY_OUT = r"one optimizer over all parameters .* after backward\(\), or give scope='layer' without clip_norm"
@@ -138,6 +139,7 @@ def test_a_whole_models_step_inside_a_backward_is_refused_and_changes_nothing() 
     assert optimizer.metrics()["steps"] == 1
 
 
+@before_2_7
 def test_compiled_autograd_is_a_backward_too() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = AlphaAdam([param])

@@ -85,7 +85,7 @@ def test_a_name_may_be_lacking_only_before_it_came(deepspeed: SimpleNamespace, m
     for name in older.SINCE:
         for names in internals.CLASS_NAMES.values():
             assert names.count(name) <= 1
-    monkeypatch.delattr(internals.DeepSpeedEngine, "super_offload")
+    monkeypatch.delattr(internals.DeepSpeedEngine, "super_offload", raising=False)
     deepspeed.__version__ = "0.17.6"
     assert internals.missing_names() == []
     deepspeed.__version__ = "0.18.0"
