@@ -109,16 +109,23 @@ class Step:
         self._statistics.reduce()
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, scale: Tensor | float | None = None) -> None:
         """Step the parameters that are in the optimizer's groups now and have a gradient, each once in a step.
 
-        Mutates them and their state. Raises RuntimeError out of order.
+        Mutates them and their state.
+
+        Args:
+            scale: multiplies the gradients into true ones; None where they are.
+
+        Raises:
+            RuntimeError: out of order.
         """
         self._advance("update", "updated")
         optimizer, delayed = self._optimizer, self._options.sync == "delayed"
         held, self._held = self._local_tensors() if self._held is None else self._held, None
         self._stepped = self._stepped or bool(held)
-        scale = self._directed(self._statistics.clip_coefficient())
+        clip = self._statistics.clip_coefficient()
+        scale = self._directed(clip if scale is None else scale)
         for group, part in held:
             counts = self._kernels(part.params).update(
                 optimizer.direction,

@@ -13,7 +13,7 @@ from ..persistence import Driver
 from ..shards import Shard
 from ..step import Step
 from . import internals, monitor, refusals, universal, versions
-from .rank_files import RankFiles
+from .rank_files import RankFiles, optimizer_states
 from .registration import register
 from .unused import Unused, check_missed, watch_zero_filled
 
@@ -118,7 +118,7 @@ def _watch_loading(
         folder = kwargs.get("checkpoint_folder")
         saved = [universal.saved_optimizer(folder)] if folder else []
         if not folder:
-            saved += internals.optimizer_states(args[0] if args else kwargs["state_dict_list"])
+            saved += optimizer_states(args[0] if args else kwargs["state_dict_list"])
         if files is None or folder:
             for state_dict in saved:
                 optimizer._check_saved(state_dict)
@@ -142,6 +142,7 @@ def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: 
     zero, options = wrapper.zero, optimizer._run.options
     step, unscale = zero.step, zero.unscale_and_clip_grads
     opened: Step | None = None
+    factor: Tensor | None = None  # of the part that is stepped next, where its gradients are not unscaled yet
 
     @functools.wraps(step)
     def whole_step(*args: Any, **kwargs: Any) -> Any:
@@ -157,10 +158,16 @@ def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: 
         return result
 
     @functools.wraps(unscale)
-    def count_then_unscale(which: Any, total_norm: Tensor | None) -> Any:
+    def count_then_leave_scaled(which: Any, total_norm: Tensor | None) -> Any:
+        """Leave to the update the product that DeepSpeed would write, which saves a pass over the gradients."""
+        nonlocal factor
+        scale = internals.unscale_factor(zero, total_norm)
         if opened is not None and opened.may("count"):
-            scale = internals.unscale_factor(zero, total_norm) if options.threshold > 0 else None
-            opened.count(wrapper.gradients(), scale)
+            opened.count(wrapper.gradients(), scale if options.threshold > 0 else None)
+        if opened is not None and internals.unscales_in_fp32(zero, which):
+            factor = scale
+            return None
+        factor = None  # DeepSpeed rounds its product to 16 bits, and so it stays
         return unscale(which, total_norm)
 
     def update_part() -> None:
@@ -169,7 +176,7 @@ def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: 
                 "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
                 "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
             )
-        opened.update()
+        opened.update(factor)
 
-    zero.step, zero.unscale_and_clip_grads = whole_step, count_then_unscale
+    zero.step, zero.unscale_and_clip_grads = whole_step, count_then_leave_scaled
     optimizer._run.driver = Driver(unused.layout, update_part)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -476,15 +477,6 @@ def wrapper_of(engine: Any) -> Wrapper:
     return Replicated(engine)
 
 
-def optimizer_states(saved: Any) -> Iterator[dict[str, Any]]:
-    """The optimizer's own state_dicts inside what a wrapper's ``load_state_dict`` is given."""
-    for state in saved if isinstance(saved, list) else [saved]:
-        for key in ("base_optimizer_state", "optimizer_state_dict"):
-            held = state.get(key) if isinstance(state, dict) else None
-            if isinstance(held, dict) and "param_groups" in held:
-                yield held
-
-
 def unscale_factor(zero: Any, total_norm: Any) -> Tensor:
     """What ``unscale_and_clip_grads`` multiplies gradients by, also where the norm is invalid: what it makes of a 1."""
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
@@ -498,3 +490,10 @@ def unscale_factor(zero: Any, total_norm: Any) -> Tensor:
         one = zero.single_partition_of_fp32_groups[0].new_ones(())
         DeepSpeedZeroOptimizer.unscale_and_clip_grads(zero, [one], total_norm)
     return one
+
+
+def unscales_in_fp32(zero: Any, which: Any) -> bool:
+    """Whether the gradients that ``unscale_and_clip_grads(which, norm)`` multiplies are fp32."""
+    at_3 = isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
+    given = [zero.fp32_partitioned_groups_flat[which].grad] if at_3 else which
+    return all(getattr(grad, "dtype", None) == torch.float32 for grad in given)

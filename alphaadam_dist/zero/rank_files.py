@@ -7,7 +7,7 @@ are taken as they are.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -19,6 +19,15 @@ from .unused import check_missed
 
 PARTITION = "alphaadam_partition"
 """Key of parameter groups: [rank, number of ranks, hash of the parameters' names, hash of how they are divided]."""
+
+
+def optimizer_states(saved: Any) -> Iterator[dict[str, Any]]:
+    """The optimizer's own state_dicts inside what a wrapper's ``load_state_dict`` is given."""
+    for state in saved if isinstance(saved, list) else [saved]:
+        for key in ("base_optimizer_state", "optimizer_state_dict"):
+            held = state.get(key) if isinstance(state, dict) else None
+            if isinstance(held, dict) and "param_groups" in held:
+                yield held
 
 
 class RankFiles:

@@ -113,3 +113,37 @@ def with_raw_gradients(*args: Any, **kwargs: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(internals, "unscale_factor", lambda zero, norm: 1.0)
         return engine.given(*args, **kwargs)
+
+
+def multiplied(stage: int, *args: Any) -> list[int]:
+    """How many elements each call of DeepSpeed's own unscaling was about."""
+    from alphaadam_dist.zero import internals
+
+    kind = internals.DeepSpeedZeroOptimizer_Stage3 if stage == 3 else internals.DeepSpeedZeroOptimizer
+    unscale, seen = kind.unscale_and_clip_grads, []
+
+    def noted(zero: Any, which: Any, total_norm: Any) -> None:
+        grad = zero.fp32_partitioned_groups_flat[which].grad if stage == 3 else which[0]
+        seen.append(grad.numel())
+        unscale(zero, which, total_norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "unscale_and_clip_grads", noted)
+        engine.given(*args)
+    return seen
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp32_gradients_are_unscaled_in_the_update_alone(ranks2: Ranks, stage: int, offload: bool) -> None:
+    """That this changes no bit is what the equality tests say."""
+    config = {**engine.config(stage, "bf16", offload=offload), "gradient_clipping": 0.3}
+    for seen in ranks2.run(multiplied, stage, config, {}):
+        assert set(seen) == {1}, "what it makes of a 1"
+
+
+def test_bf16_gradients_are_rounded_as_deepspeed_does(ranks2: Ranks) -> None:
+    masters = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    config = {**engine.config(2, "bf16"), "gradient_clipping": 0.3, "bf16": masters}
+    for seen in ranks2.run(multiplied, 2, config, {"state_dtype": "bfloat16"}):
+        assert max(seen) > 1
