@@ -212,7 +212,7 @@ def small_tensors(rounds: int, device: torch.device) -> list[Row]:
 
 
 def offloaded(stage: int, rounds: int) -> list[Row]:
-    """ZeRO with the optimizer on the CPU, 32 Mi parameters in bf16, clipped: engine.step(), and the optimizer's share."""
+    """ZeRO with the optimizer on the CPU, 32 Mi bf16 parameters, clipped: engine.step(), and the optimizer's share."""
     import deepspeed
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
