@@ -17,8 +17,8 @@ class AlphaOptimizers(OptimizersContainer):
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Any:
-        if name in alphaadam_dist.__all__:
-            return getattr(alphaadam_dist, name)
+        if name in alphaadam_dist.__all__ and isinstance(kind := getattr(alphaadam_dist, name), type):
+            return kind
         return OptimizersContainer._resolve_optimizer_factory(name)
 
 
