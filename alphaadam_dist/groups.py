@@ -21,7 +21,7 @@ from .alphaadam import AlphaAdam
 from .files import read_json
 from .optimizer import AlphaOptimizer
 from .options import check_group
-from .shards import clean_names, fsdp1
+from .shards import clean_name, clean_names, fsdp1
 
 EXAMPLE = '[{"match": "embed_tokens|lm_head", "lr_scale": 4.0}, {"match": "norm|bias", "weight_decay": 0.0}]'
 _NAMES_SHOWN = 5
@@ -154,8 +154,8 @@ def named_parameters(model: nn.Module) -> dict[Tensor, list[str]]:
         first, *others = fsdp1.keys(param, name)
         if others:
             raise ValueError(
-                f"FSDP1 has made one parameter, {name}, of {first}, {', '.join(others[:_NAMES_SHOWN])}, so they can be "
-                "in one group only: give FSDP1 use_orig_params=True, or shard with FSDP2"
+                f"FSDP1 has made one parameter of {', '.join(map(clean_name, (first, *others[:_NAMES_SHOWN])))}, so "
+                "they can be in one group only: give FSDP1 use_orig_params=True, or shard with FSDP2"
             )
         named.append((first, param))
     clean = clean_names(name for name, _ in named)

@@ -109,7 +109,8 @@ BAD: list[tuple[Any, str]] = [
     (
         [{"match": "norm", "lr": 1.0}, {"match": "bias|one", "lr": 2.0}, {"match": "no|bi", "lr": 3.0}],
         r"groups\[2\] has match='no\|bi', but all that it matches is taken before it "
-        r"\(groups\[0\] has match='norm' and groups\[1\] has match='bias\|one'\), and the first match wins: put it before them",
+        r"\(groups\[0\] has match='norm' and groups\[1\] has match='bias\|one'\), and the first match wins: put it "
+        "before them, or remove it",
     ),
 ]  # fmt: skip
 
