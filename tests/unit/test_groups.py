@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, groups, parameter_groups, rule
 from alphaadam_dist.optimizer import AlphaOptimizer
@@ -378,3 +380,31 @@ def disagree() -> None:
 def test_verify_every_compares_it() -> None:
     with pytest.raises(RankError, match=r"lr_scale of group 1 is 2\.0 on rank 0 but 4\.0 on rank 1"):
         threads.run(2, disagree)
+
+
+# ---- DCP
+
+
+def in_dcp(model: nn.Module, optimizer: AlphaAdam) -> dict[str, Any]:
+    return {"optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_keeps_it_and_what_it_lacks_stays(tmp_path: Path) -> None:
+    model, optimizer = made()
+    train(optimizer, model, 3)
+    state = in_dcp(model, optimizer)
+    dcp.save(state, checkpoint_id=tmp_path / "new", no_dist=True)
+    for group in state["optimizer"]["param_groups"]:
+        del group["lr_scale"]
+    dcp.save(state, checkpoint_id=tmp_path / "old", no_dist=True)
+
+    others = [{**entry, "lr_scale": 7.0} for entry in ENTRIES]
+    for name, scales in (("new", [1.0, 4.0, 0.3]), ("old", [1.0, 7.0, 7.0])):
+        model, optimizer = made(entries=others)
+        state = in_dcp(model, optimizer)
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=name == "old")
+        dcp.load(state, checkpoint_id=tmp_path / name, planner=planner, no_dist=True)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        assert [group["lr_scale"] for group in optimizer.param_groups] == scales
+        assert float(optimizer.state[model.norm]["step"]) == 3
