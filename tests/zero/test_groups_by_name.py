@@ -192,6 +192,23 @@ def test_a_universal_checkpoint_keeps_it(ranks2: Ranks, ranks1: Ranks, tmp_path:
     assert old[0]["loaded"] == [(1.0, 0.1), (1.0, 0.1), (1.0, 0.0)]
 
 
+def frozen_alone(stage: int) -> None:
+    from deepspeed import initialize
+
+    model = Given()
+    groups = parameter_groups(model, [{"match": "frozen", "lr_scale": 2.0}])
+    initialize(model=model, config=engine.config(stage), optimizer=AlphaAdam(groups))[0].destroy()
+
+
+def test_a_group_of_frozen_parameters_is_named_where_deepspeed_cannot_hold_it(ranks2: Ranks) -> None:
+    for stage in (0, 3):
+        ranks2.run(frozen_alone, stage)
+    for stage in (1, 2):
+        message = rf"parameter group 1, whose 1 parameters are frozen, at stage {stage}: .*leave this group"
+        with pytest.raises(Exception, match=message):
+            ranks2.run(frozen_alone, stage)
+
+
 BAD = [
     ({"groups": [{"match": "nrom", "lr_scale": 2.0}]}, r"optimizer\.params\.groups\[0\] has match='nrom'.*like norm"),
     ({"groups": [{"match": "norm", "lr_scale": 0.0}]}, r"params\.groups\[0\]: lr_scale=0\.0 is out of range"),
