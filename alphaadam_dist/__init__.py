@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .alphaadam import AlphaAdam
     from .alphalion import AlphaLion
     from .alphasgd import AlphaSGD
+    from .groups import parameter_groups
 
 __version__ = "0.1.0"
-__all__ = ["AlphaAdam", "AlphaLion", "AlphaSGD"]
+__all__ = ["AlphaAdam", "AlphaLion", "AlphaSGD", "parameter_groups"]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,10 +35,11 @@ def _register(*_: object) -> None:
     from .alphaadam import AlphaAdam
     from .alphalion import AlphaLion
     from .alphasgd import AlphaSGD
+    from .groups import parameter_groups
     from .integrations import hf_trainer
     from .zero import register
 
-    globals().update(AlphaAdam=AlphaAdam, AlphaLion=AlphaLion, AlphaSGD=AlphaSGD)
+    globals().update(AlphaAdam=AlphaAdam, AlphaLion=AlphaLion, AlphaSGD=AlphaSGD, parameter_groups=parameter_groups)
     register(AlphaAdam, AlphaLion, AlphaSGD)
     hf_trainer.register(AlphaAdam, AlphaLion, AlphaSGD)
 

@@ -18,7 +18,8 @@ class AlphaAdam(AlphaOptimizer):
 
     Args:
         params: tensors, named_parameters() or groups of either; plain tensors or DTensors.
-        lr: learning rate, AdamW's. A one-element tensor is taken too. Per group.
+        lr: learning rate, AdamW's. A one-element tensor is taken too. Per group, where the
+            key ``lr_scale`` (1.0) multiplies it.
         betas: decay rates of the first and second moment. Per group.
         eps: added to the root of the second moment. Per group.
         weight_decay: decoupled, never masked. Per group.

@@ -18,7 +18,8 @@ class AlphaLion(AlphaOptimizer):
 
     Args:
         params: tensors, named_parameters() or groups of either; plain tensors or DTensors.
-        lr: learning rate, Lion's: 3 to 10 times smaller than AdamW's. A one-element tensor is taken too. Per group.
+        lr: learning rate, Lion's: 3 to 10 times smaller than AdamW's. A one-element tensor is taken too. Per group,
+            where the key ``lr_scale`` (1.0) multiplies it.
         betas: weight of the momentum in the direction, and its decay rate. Per group.
         weight_decay: decoupled, never masked; 3 to 10 times larger than AdamW's. Per group.
         family: the options of FamilyOptions.

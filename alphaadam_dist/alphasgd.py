@@ -20,7 +20,8 @@ class AlphaSGD(AlphaOptimizer):
 
     Args:
         params: tensors, named_parameters() or groups of either; plain tensors or DTensors.
-        lr: learning rate, SGD's. A one-element tensor is taken too. Per group.
+        lr: learning rate, SGD's. A one-element tensor is taken too. Per group, where the
+            key ``lr_scale`` (1.0) multiplies it.
         momentum: what stays of the momentum from step to step, more than 0: the masks read it. Per group.
         weight_decay: decoupled (torch.optim.SGD's is not), never masked. Per group.
         nesterov: step along the gradient plus the decayed momentum. Per group.

@@ -80,6 +80,13 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, _what("Seed of the weights and the data order.")] = 0,
+    groups: Annotated[
+        Path | None,
+        _what(
+            "A JSON file with groups of parameters by name that have a rate, decay or betas of their own, for both "
+            "optimizers. What it does not name decays."
+        ),
+    ] = None,
     compare: Annotated[
         bool, _what("Train AdamW beside AlphaAdam: same data, seed, steps and learning rate.", "--compare/--no-compare")
     ] = True,
@@ -118,6 +125,7 @@ def train(
             zero=_ZERO if zero is None and not fsdp else zero,
             lr=settings.default_lr(model) if lr is None else lr,
             block=settings.default_block(model) if block is None else block,
+            groups=None if groups is None else str(groups),
         )  # fmt: skip
         _require("transformers", "accelerate", "datasets", "tensorboard", "matplotlib", *(["deepspeed"] * (not fsdp)))
         from alphaadam_dist.training.run_folder import open_run

@@ -75,7 +75,7 @@ def _held(optimizer: Persistent, layout: Layout, statistics: Statistics) -> dict
         held["parameters"] = f"{len(layout.shards)} of {layout.numel} elements, checksum of their names {names:08x}"
     if optimizer.process_group is None:  # pipeline stages may have groups of their own
         for i, group in enumerate(optimizer.param_groups):
-            values = {name: group[name] for name in optimizer.hyperparameters}
+            values = {name: group[name] for name in optimizer.group_keys()}
             held |= {f"{name} of group {i}": float(v) if name == "lr" else v for name, v in values.items()}
     return held
 

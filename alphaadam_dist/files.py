@@ -64,12 +64,17 @@ def write_whole(path: Path, text: str) -> None:
                 partial.unlink()
 
 
-def read_object(path: Path, what_to_do: str) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ValueError, which ends with ``what_to_do``, and OSError."""
+def read_json(path: Path, what_to_do: str) -> Any:
+    """What a JSON file holds. Raises ValueError, which ends with ``what_to_do``, and OSError."""
     try:
-        held = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short or no JSON ({error}): {what_to_do}") from None
+
+
+def read_object(path: Path, what_to_do: str) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ValueError, which ends with ``what_to_do``, and OSError."""
+    held = read_json(path, what_to_do)
     if not isinstance(held, dict):
         raise ValueError(f"{path} holds a JSON {type(held).__name__} where an object belongs: {what_to_do}")
     return held

@@ -54,7 +54,7 @@ class AlphaOptimizer(Persistent):
         one_model.refuse_zero_redundancy(kind)
         chosen = FamilyOptions(**given)
         defaults = {
-            **hyperparameters, **chosen.in_groups(), "alphaadam_state": INITIAL_STATE,
+            **hyperparameters, "lr_scale": 1.0, **chosen.in_groups(), "alphaadam_state": INITIAL_STATE,
             "alphaadam_rounding": INITIAL_ROUNDING, "foreach": None, "differentiable": False, **self.fixed,
         }  # fmt: skip
         self._check_group(defaults)
@@ -110,7 +110,7 @@ class AlphaOptimizer(Persistent):
 
     def _warn_of_misspelt_keys(self, group: Mapping[str, Any]) -> None:
         known = {*self.defaults, *options.UNCHANGING, "params", "param_names"} | self._run.warned
-        names = (*self.hyperparameters, *options.IN_GROUPS)
+        names = (*self.group_keys(), *options.IN_GROUPS)
         for key, name in options.misspelt_keys(group, names, known).items():
             self._run.warned.add(key)
             warnings.warn(

@@ -316,6 +316,7 @@ def check_group(kind: str, group: dict[str, Any], hyperparameters: Iterable[str]
         group[name] = plain(name, group[name])
     for name in ("lr", "weight_decay"):
         group[name] = check_number(name, group[name], "it must be 0 or more", 0)
+    group["lr_scale"] = check_number("lr_scale", group["lr_scale"], "it must be more than 0", math.ulp(0.0))
     for name in IN_GROUPS:
         if name in group:
             group[name] = check_option(name, group[name])
@@ -336,7 +337,7 @@ def refuse_unserved(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any
 def misspelt_keys(group: Mapping[str, Any], names: Iterable[str], known: Set[str]) -> dict[str, str]:
     """The keys of a parameter group that nobody reads and that look like an option: key -> the option's name.
 
-    Schedulers and trainers keep keys of their own in groups (initial_lr, base_momentum, name, lr_scale). A key that
+    Schedulers and trainers keep keys of their own in groups (initial_lr, base_momentum, name, lr_mult). A key that
     has an option's name in it is one of those: nobody misspells a word by writing it right.
     """
     names = list(names)

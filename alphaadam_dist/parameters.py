@@ -1,5 +1,6 @@
 """The parameters of an optimizer that no backend drives: their names, what they hold, and the layout that they make."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -116,6 +117,30 @@ def note_gradients(optimizer: Persistent, layout: Layout, some: bool) -> None:
         "get_peft_model(model, peft_config) and an optimizer over that. This is said once",
         stacklevel=2,
     )
+
+
+def refuse_scaled_rates(optimizer: Persistent) -> None:
+    """Raise ValueError where the groups' rates are to each other as their lr_scale: somebody has multiplied already.
+
+    The schedulers of timm, MAE and BEiT multiply by a key of this name. Rates that are tensors are not read.
+    """
+    groups = optimizer.param_groups
+    if all(group["lr_scale"] == groups[0]["lr_scale"] for group in groups):
+        return
+    if any(isinstance(group["lr"], Tensor) for group in groups):
+        return
+    first = groups[0]["lr"] / groups[0]["lr_scale"]
+    if first and all(math.isclose(group["lr"] / group["lr_scale"], first) for group in groups):
+        raise ValueError(
+            f"the learning rates of the parameter groups ({_some([group['lr'] for group in groups])}) are to each "
+            f"other as their lr_scale ({_some([group['lr_scale'] for group in groups])}), so a scheduler or script has "
+            f"multiplied by it, and {type(optimizer).__name__} would do so again. Give every group the same lr, or "
+            "set lr_scale=1.0 in every group once the other one has read it"
+        )
+
+
+def _some(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:3]) + (", ..." if len(values) > 3 else "")
 
 
 def served(optimizer: Persistent, first_group: int = 0) -> list[tuple[str, Tensor]]:

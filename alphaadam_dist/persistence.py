@@ -95,10 +95,19 @@ class Persistent(Optimizer):
     counts_steps: ClassVar[bool] = False
     """Whether the state has ``step``, the number of the parameter's updates, and the direction takes it."""
     hyperparameters: ClassVar[tuple[str, ...]]
-    """What each parameter group may have of its own and the direction takes; "lr" and "weight_decay" among them."""
+    """What each parameter group may have of its own and the direction takes; "lr" and "weight_decay" among them.
+
+    Beside them each group has ``lr_scale``, which multiplies its lr wherever that is used: schedulers write one lr into
+    all groups, and this stays.
+    """
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Group keys of the torch optimizer whose checkpoints are exchanged, with the one value that is served."""
     _run: Run
+
+    @classmethod
+    def group_keys(cls) -> tuple[str, ...]:
+        """The values that a parameter group may have of its own, by name."""
+        return (*cls.hyperparameters, "lr_scale")
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None: ...
@@ -141,10 +150,11 @@ class Persistent(Optimizer):
     def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError where a saved state is not one of this optimizer's with equally many parameter groups."""
         kind = type(self).__name__
-        here = len(self.param_groups)
         saved_state.check_kind(state_dict)
         saved_state.check_names(kind, state_dict, self.moments, self.fixed)
-        saved_state.check_groups(kind, state_dict, here, self.defaults, self.hyperparameters, self._check_group)
+        saved_state.check_groups(
+            kind, state_dict, self.param_groups, self.defaults, self.hyperparameters, self._check_group
+        )
 
     def _check_saved_parameters(self, state_dict: Mapping[str, Any]) -> None:
         self._check_saved(state_dict)
@@ -164,7 +174,7 @@ class Persistent(Optimizer):
         self._publish()
         state_dict = super().state_dict()
         for group in state_dict.get("param_groups", ()):  # a scheduler may have written numpy's numbers into them
-            group.update((name, options.plain(name, group[name])) for name in self.hyperparameters)
+            group.update((name, options.plain(name, group[name])) for name in self.group_keys())
         return state_dict
 
     def _adopt(self) -> Statistics:
@@ -241,7 +251,7 @@ class Persistent(Optimizer):
         if "defaults" in state:  # unpickled or copied, not loaded
             self._unpickle(dict(state))
         groups, states = state.get("param_groups", self.param_groups), state.get("state", self.state)
-        saved_state.take_over(type(self).__name__, groups, self.defaults, self.hyperparameters)
+        saved_state.take_over(type(self).__name__, groups, self.defaults, self.group_keys())
         for param in (param for group in groups for param in group["params"]):
             held = states.get(param)
             if held and "step" in held:
@@ -263,7 +273,8 @@ class Persistent(Optimizer):
     def _unpickle(self, state: dict[str, Any]) -> None:
         left_out, marks = state.pop("group_left_out", False), state.pop("marks", ())
         chosen = FamilyOptions.of(state["defaults"], sharding=state.pop("sharding", "auto"))
-        state["defaults"] = {**chosen.in_groups(), "alphaadam_rounding": INITIAL_ROUNDING, **state["defaults"]}
+        later = {"lr_scale": 1.0, "alphaadam_rounding": INITIAL_ROUNDING}  # older pickles have none
+        state["defaults"] = {**chosen.in_groups(), **later, **state["defaults"]}
         super().__setstate__(state)
         for param, its_marks in zip((p for group in self.param_groups for p in group["params"]), marks, strict=False):
             vars(param).update(its_marks)

@@ -17,7 +17,7 @@ With g the true gradient (unscaled, clipped, negated first to maximize) and m th
     r     = min(1, T / alpha_warmup)                  1 without warm-up; T counts this step
     f     = 1 + r (alpha - 1) where agree,  1 - r (1 - gamma) where conflict,  1 where neutral
 
-    p *= 1 - lr * weight_decay                        decoupled, never masked
+    p *= 1 - lr * weight_decay                        decoupled, never masked; lr is the group's, times its lr_scale
     p -= lr * f * d                                   d is the direction of the optimizer, which updates its moments:
 
     AdamW   m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
@@ -79,6 +79,11 @@ def factor(agree: Tensor, conflict: Tensor, f_agree: Tensor, f_conflict: Tensor,
 def rate(lr: float | Tensor) -> float | Tensor:
     """A learning rate to compute with. torch computes in a tensor's dtype: in 16 bits 1 - lr * decay is mostly 1."""
     return lr.double() if isinstance(lr, Tensor) and lr.dtype not in (torch.float32, torch.float64) else lr
+
+
+def scaled(lr: float | Tensor, lr_scale: float) -> float | Tensor:
+    """The learning rate of a parameter group, from its two keys. At lr_scale 1 it is ``lr`` itself, to the bit."""
+    return lr if lr_scale == 1 else rate(lr) * lr_scale
 
 
 def decay_of(lr: float | Tensor, weight_decay: float) -> float:

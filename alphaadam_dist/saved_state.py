@@ -46,22 +46,23 @@ def _ids(group: Mapping[str, Any]) -> Sequence[Any]:
 def check_groups(
     kind: str,
     state_dict: Mapping[str, Any],
-    here: int,
+    here: Sequence[Mapping[str, Any]],
     defaults: Mapping[str, Any],
     hyperparameters: Iterable[str],
     check_group: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Raise ValueError where an optimizer of ``here`` parameter groups cannot go on with the groups of a state_dict.
+    """Raise ValueError where an optimizer whose groups are ``here`` cannot go on with the groups of a state_dict.
 
-    ``check_group`` is the constructor's check of a group; what a saved group lacks it gets from ``defaults``.
+    ``check_group`` is the constructor's check of a group; what a saved group lacks it gets from ``defaults``. Warns
+    where that is an ``lr_scale`` that the optimizer was given.
     """
     groups = state_dict["param_groups"]
-    if len(groups) != here:
+    if len(groups) != len(here):
         raise ValueError(
-            f"the checkpoint has {len(groups)} parameter groups, this optimizer has {here}: the groups must be those "
-            "it was saved with (in a DeepSpeed config, adding or removing no_decay changes them)"
+            f"the checkpoint has {len(groups)} parameter groups, this optimizer has {len(here)}: the groups must be "
+            "those it was saved with (in a DeepSpeed config, adding or removing no_decay or groups changes them)"
         )
-    for i, group in enumerate(groups):
+    for i, (group, ours) in enumerate(zip(groups, here, strict=True)):
         missing = [name for name in hyperparameters if name not in group]
         if missing:
             raise ValueError(
@@ -72,6 +73,12 @@ def check_groups(
             check_group({**defaults, **group})
         except ValueError as error:
             raise ValueError(f"parameter group {i} of the checkpoint: {error}") from None
+        if "lr_scale" not in group and ours.get("lr_scale", 1) != 1:
+            warnings.warn(
+                f"parameter group {i} of the checkpoint has no lr_scale, so it goes on at 1 and not at the "
+                f"{ours['lr_scale']!r} that this optimizer was given: set param_groups[{i}]['lr_scale'] after loading",
+                stacklevel=4,
+            )
     _check_of_the_model(groups, "alphaadam_state", statistics)
     _check_of_the_model(groups, "alphaadam_rounding", steps_of)
 
@@ -259,9 +266,7 @@ _WHAT_CHANGES = {
 }
 
 
-def take_over(
-    kind: str, groups: Iterable[dict[str, Any]], defaults: Mapping[str, Any], hyperparameters: Iterable[str]
-) -> None:
+def take_over(kind: str, groups: Iterable[dict[str, Any]], defaults: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Make loaded parameter groups those of an optimizer with these defaults. Mutates the groups.
 
     What the constructor was told for the whole optimizer wins over what the checkpoint says, with a warning.
@@ -276,7 +281,7 @@ def take_over(
         for name, value in defaults.items():
             # a list of its own: the optimizer sees by identity that somebody else put it there
             group.setdefault(name, list(value) if isinstance(value, list) else value)
-        for name in hyperparameters:
+        for name in keys:
             group[name] = options.plain(name, group[name])
     for name, value in changed.items():
         warnings.warn(

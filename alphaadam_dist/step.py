@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import consistency, options, parameters, rounding
+from . import consistency, options, parameters, rounding, rule
 from .kernels import consensus
 from .kernels.reference import squared_norms
 from .layout import Layout, Segment
@@ -40,7 +40,7 @@ class Step:
         layout: of the parameters that are stepped now.
 
     Raises:
-        ValueError: a parameter group contradicts an option of the whole optimizer.
+        ValueError: a parameter group contradicts an option of the whole optimizer, or rates are scaled twice.
     """
 
     def __init__(self, optimizer: Persistent, layout: Layout) -> None:
@@ -49,6 +49,7 @@ class Step:
         self._options = run.options
         for i, group in enumerate(optimizer.param_groups):
             options.check_shared(type(optimizer).__name__, self._options, group, f"parameter group {i}")
+        parameters.refuse_scaled_rates(optimizer)
         self._optimizer, self._layout = optimizer, layout
         run.layout = layout
         self._statistics.open(layout)
@@ -137,7 +138,7 @@ class Step:
                 scale=scale,
                 counting=delayed,
                 steps=part.advance_steps(self._options.capturable) if optimizer.counts_steps else None,
-                hyperparameters={name: options.plain(name, group[name]) for name in optimizer.hyperparameters},
+                hyperparameters=self._hyperparameters(group),
                 rounding=self._rounding(part.segments),
             )
             if counts is not None:
@@ -169,6 +170,11 @@ class Step:
             for group in self._optimizer.param_groups
             for held in local_tensors(group["params"], self._layout, self._optimizer.moments, self._state)
         ]
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the direction takes of a parameter group, its lr_scale in the lr."""
+        values = {name: options.plain(name, group[name]) for name in self._optimizer.hyperparameters}
+        return {**values, "lr": rule.scaled(values["lr"], options.plain("lr_scale", group["lr_scale"]))}
 
     def _directed(self, scale: Tensor | float | None) -> Tensor | float | None:
         """What makes a gradient the true one: ``scale``, negative to maximize; None where it is that already."""

@@ -3,16 +3,19 @@
 ``register`` runs when an optimizer of the package is first asked for, or else when Transformers is imported. As soon as
 Transformers' training arguments are imported, ``optim`` takes the names in lower case ("alphaadam"); as soon as the
 Trainer is, it builds the optimizer of that name with the arguments' lr, betas and eps and the options in
-``optim_args``. ALPHAADAM_OPTIM in the environment goes before ``optim``, for tools that do not pass it. A callback
-checks, before the first step, that this is the optimizer that trains.
+``optim_args``, where ``groups=FILE`` stands for the parameter groups in a JSON file. ALPHAADAM_OPTIM in the environment
+goes before ``optim``, for tools that do not pass it. A callback checks, before the first step, that this is the
+optimizer that trains.
 """
 
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .. import groups
 from ..import_hook import HF_ARGUMENTS, HF_TRAINER, when_imported
 from ..optimizer import AlphaOptimizer
 
@@ -144,7 +147,15 @@ def _wrap(trainer: ModuleType) -> None:
 def _chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(args: Any, *others: Any, **named: Any) -> Any:
         kind = asked_for(args)
-        return choose(args, *others, **named) if kind is None else (kind, options_of(kind, args))
+        if kind is None:
+            return choose(args, *others, **named)
+        options = options_of(kind, args)
+        if "groups" in options:
+            file, model = Path(str(options.pop("groups"))), others[0] if others else named["model"]
+            # the Trainer takes these in place of its own two groups, which had the decay
+            options["params"] = groups.parameter_groups(model, groups.read_file(file, kind), kind)
+            options.setdefault("weight_decay", args.weight_decay)
+        return kind, options
 
     return chosen
 

@@ -1,7 +1,7 @@
 """The DeepSpeed config of a run: a file, of `ds_configs/` or the user's own, with the optimizer the run asks for."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ def ds_config_path(zero: int, offload: bool) -> Path:
     return config_path(f"ds_configs/zero{zero}{'_offload' if offload else ''}.json")
 
 
-def load_ds_config(zero: int, offload: bool, optimizer: str) -> dict[str, Any]:
-    """The file of `ds_configs/` for this stage as a dictionary, for AlphaAdam or AdamW."""
-    return read_ds_config(ds_config_path(zero, offload), optimizer)
+def load_ds_config(
+    zero: int, offload: bool, optimizer: str, groups: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The file of `ds_configs/` for this stage as a dictionary, for AlphaAdam or AdamW, as `read_ds_config` does."""
+    return read_ds_config(ds_config_path(zero, offload), optimizer, groups)
 
 
 @contextmanager
@@ -43,8 +45,11 @@ def _reads_configs(place: tuple[str, ...]) -> bool:
     )
 
 
-def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
+def read_ds_config(path: Path, optimizer: str, groups: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
     """A config file as a dictionary, its optimizer AlphaAdam or AdamW; one that names no optimizer stays without.
+
+    With `groups`, entries of parameter_groups, AlphaAdam gets them among its params. AdamW is left out: it would get
+    one group there, and the Trainer makes it with these.
 
     Raises:
         ValueError: the file is not a JSON object, or names an optimizer of another kind, whose options mean nothing
@@ -52,6 +57,11 @@ def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     config = read_object(path, "give a DeepSpeed config, such as ds_configs/zero2.json")
+    if groups is not None and optimizer != "AlphaAdam" and "scheduler" in config:
+        raise ValueError(
+            f"{path} has a scheduler, which writes one learning rate into all of AdamW's groups: leave it out, and the "
+            "Trainer's keeps those of --groups"
+        )
     named = config.get("optimizer")
     if named is None:
         return config
@@ -66,13 +76,20 @@ def read_ds_config(path: Path, optimizer: str) -> dict[str, Any]:
         )
     params = named.get("params", {})
     if optimizer != "AlphaAdam":
-        if "no_decay" in params:
-            raise ValueError(
-                f"{path} has no_decay={params['no_decay']!r}, which only AlphaAdam knows, and AdamW would decay these "
-                "too: leave the optimizer out of the config to compare the two, and both get the Trainer's groups"
-            )
+        for name in ("no_decay", "groups"):
+            if name in params:
+                raise ValueError(
+                    f"{path} has {name}={params[name]!r}, which only AlphaAdam knows: leave it out of the config to "
+                    "compare the two, and give both the same groups with --groups"
+                )
+        if groups is not None:
+            return {key: value for key, value in config.items() if key != "optimizer"}
         # torch_adam keeps AdamW the one of torch: DeepSpeed would put its own implementation in its place.
         params = {name: value for name, value in params.items() if name in _ADAMWS} | {"torch_adam": True}
+    elif groups is not None:
+        if "groups" in params:
+            raise ValueError(f"{path} has groups={params['groups']!r} and --groups is given too: give one of them")
+        params = {**params, "groups": list(groups)}
     return {**config, "optimizer": {"type": optimizer, "params": params}}
 
 

@@ -73,6 +73,7 @@ def train(run: Path, optimizer: str, asked_to_stop: threading.Event) -> None:
     """
     from transformers import set_seed
 
+    from alphaadam_dist.groups import read_file
     from alphaadam_dist.training.callbacks import SaveAndStop
     from alphaadam_dist.training.corpus import load_corpus
     from alphaadam_dist.training.data import collate, token_blocks
@@ -84,10 +85,11 @@ def train(run: Path, optimizer: str, asked_to_stop: threading.Event) -> None:
     name = OPTIMIZERS[optimizer]
     steps = settings.steps
     blocks, times = settings.share(int(os.environ["WORLD_SIZE"]))
+    groups = None if settings.groups is None else read_file(Path(settings.groups))
     ds_config = None
     if not settings.fsdp:
         assert settings.zero is not None
-        ds_config = load_ds_config(settings.zero, settings.offload, name)
+        ds_config = load_ds_config(settings.zero, settings.offload, name, groups)
     arguments = training_arguments(
         run / optimizer,
         ds_config=ds_config,
@@ -123,6 +125,7 @@ def train(run: Path, optimizer: str, asked_to_stop: threading.Event) -> None:
         tokenizer,
         collate,
         callbacks=[SaveAndStop(asked_to_stop)],
+        groups=groups,
     )
 
 

@@ -35,7 +35,7 @@ FINE_TUNING_BLOCK = 512
 _INPUTS = "inputs"
 _INPUT_DIGESTS = {
     "data": digest_of_data, "held_out": digest_of_data, "model": digest_of_place, "tokenizer": digest_of_place,
-    "deepspeed": digest_of_place,
+    "deepspeed": digest_of_place, "groups": digest_of_place,
 }  # fmt: skip
 _RESTORE = "restore it, or start afresh with another --out"
 
@@ -138,6 +138,17 @@ def check_rates(settings: SavedSettings, above_zero: tuple[str, ...]) -> None:
             raise ValueError(f"{_option(name)} is {value}: it must be above 0 and finite, such as 1e-3")
 
 
+def check_groups(path: str | Path | None) -> None:
+    """Raise ValueError where --groups is given and is no file of parameter groups that AlphaAdam takes."""
+    if path is None:
+        return
+    from alphaadam_dist import groups  # torch comes with it
+
+    if not Path(path).is_file():
+        raise ValueError(f"--groups is {path}: there is no such file; write a list there, as in {groups.EXAMPLE}")
+    groups.read_file(Path(path))
+
+
 def check_seed(seed: int) -> None:
     """Raise ValueError where numpy would not take the seed."""
     if not 0 <= seed < 2**32:
@@ -159,6 +170,7 @@ class Settings(SavedSettings):
     batch: int
     block: int
     seed: int
+    groups: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data"):
@@ -170,6 +182,7 @@ class Settings(SavedSettings):
         check_counts(self, {"block": 2}, LARGE)
         check_rates(self, ("lr",))
         check_seed(self.seed)
+        check_groups(self.groups)
         if self.fsdp and self.zero is not None:
             raise ValueError(f"--fsdp with --zero {self.zero}: FSDP2 or ZeRO shards the model, so give one of them")
         if not self.fsdp and self.zero not in range(4):

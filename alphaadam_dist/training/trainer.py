@@ -1,6 +1,6 @@
 """HF's Trainer as every training here uses it: sharded, logged, checkpointed and resumed in one way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist import AlphaAdam, parameter_groups
 from alphaadam_dist.files import naming
 from alphaadam_dist.training import checkpoints, metrics
 from alphaadam_dist.training.callbacks import AlphaMetrics, CheckpointMarker, JsonlLog, ShowProgress
@@ -106,7 +106,25 @@ class WholeBatches(Trainer):
 
     The Trainer alone treats the rows that are left at the end of an epoch in two ways: it drops them, or, where it
     accumulates gradients, makes a smaller step of them.
+
+    Attributes:
+        by_name: entries of parameter_groups, in place of the Trainer's two groups.
     """
+
+    by_name: Sequence[Mapping[str, Any]] | None = None
+
+    def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
+        """The optimizer, with the groups of `by_name` where there are any; everything else decays, too."""
+        if self.by_name is not None and self.optimizer_cls_and_kwargs is not None:
+            kind, options = self.optimizer_cls_and_kwargs
+            whole: Any = next((one for one in model if one is not None), self.model)
+            groups = parameter_groups(whole, self.by_name)
+            if kind is not AlphaAdam:  # AdamW knows a group's own lr only, which the Trainer's schedulers keep
+                for group in groups:
+                    group["lr"] = group.get("lr", options["lr"]) * group.pop("lr_scale", 1)
+            own = {"params": groups, "weight_decay": self.args.weight_decay}
+            self.optimizer_cls_and_kwargs = kind, {**options, **own}
+        return super().create_optimizer(*model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -132,6 +150,7 @@ def fit(
     compute_loss: Callable[..., torch.Tensor] | None = None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     state_dtype: str | None = None,
+    groups: Sequence[Mapping[str, Any]] | None = None,
 ) -> bool:
     """Train to `arguments.max_steps`, from the last complete checkpoint in `arguments.output_dir` if there is one.
 
@@ -139,7 +158,8 @@ def fit(
 
     Writes `metrics.jsonl`, `tensorboard/` and the checkpoints into that folder. If a DeepSpeed config names an
     optimizer, DeepSpeed makes it; otherwise the Trainer makes `optimizer`, AlphaAdam with moments in `state_dtype` or
-    AdamW. With a `console` the first rank shows the progress there; without one every log entry is printed.
+    AdamW, with `groups` of parameter_groups. With a `console` the first rank shows the progress there; without one
+    every log entry is printed.
 
     Raises:
         ValueError: the folder has checkpoints that this run did not write.
@@ -162,6 +182,7 @@ def fit(
         compute_metrics=compute_metrics,
         optimizer_cls_and_kwargs=None if named else _client_optimizer(optimizer, arguments, state_dtype),
     )
+    trainer.by_name = groups
     if console is not None:
         trainer.remove_callback(PrinterCallback)
     try:

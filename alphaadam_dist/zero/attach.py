@@ -128,6 +128,7 @@ def _watch_loading(
         result = load(*args, **kwargs)
         if folder:
             for held, as_saved in zip(optimizer.param_groups, saved[0]["param_groups"], strict=True):
+                held.pop("lr_scale", None)  # an older checkpoint has none, and DeepSpeed leaves what is here
                 held.update((name, value) for name, value in as_saved.items() if name != "params")
             optimizer.__setstate__({})
         if files is not None:

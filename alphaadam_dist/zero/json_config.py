@@ -1,50 +1,38 @@
 """Builds the optimizer that a DeepSpeed JSON names.
 
-DeepSpeed puts all parameters of a JSON-named optimizer into one group, so weight decay hits norms and biases too.
-``"no_decay": ["bias", "norm"]`` among the optimizer's params takes the parameters whose name contains one of these
-words, in any case, into a group without decay.
+DeepSpeed puts all parameters of a JSON-named optimizer into one group. ``"groups"`` among the optimizer's params, a
+list as parameter_groups takes it, cuts that by the parameters' names; ``"no_decay": ["bias", "norm"]`` is short for an
+entry without decay.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
+from .. import groups
 from ..optimizer import AlphaOptimizer
 
 
-def build(kind: Callable[..., AlphaOptimizer], engine: Any, model_parameters: Iterable[Any]) -> AlphaOptimizer:
+def build(kind: type[AlphaOptimizer], engine: Any, model_parameters: Iterable[Any]) -> AlphaOptimizer:
     """An optimizer of a class over DeepSpeed's parameters or groups, with the params of the config.
 
     Raises:
         TypeError: the config has an option that the class does not.
-        ValueError: an option out of range, or a word of ``no_decay`` that is in no parameter's name.
+        ValueError: an option out of range, or ``groups`` or ``no_decay`` that parameter_groups would not take.
     """
     params = dict(engine.optimizer_params() or {})
-    words = params.pop("no_decay", None)
-    if words is None:
+    entries, words = params.pop("groups", None), params.pop("no_decay", None)
+    if entries is not None and words is not None:
+        raise ValueError(
+            f"optimizer.params has groups and no_decay={words!r}: give groups alone, with "
+            '{"match": "(?i)bias|norm", "weight_decay": 0.0} as the last entry in place of no_decay'
+        )
+    if entries is None and words is None:
         return kind(model_parameters, **params)
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
-        raise ValueError(f'optimizer.params.no_decay={words!r}: give a list of words, as in ["bias", "norm"]')
-    words = [word.lower() for word in words]
-    names = {param: name.lower() for name, param in engine.module.named_parameters()}
-    for word in words:
-        if not any(word in name for name in names.values()):
-            raise ValueError(
-                f"optimizer.params.no_decay has {word!r}, which is in no parameter's name: remove it. Names are like "
-                f"{', '.join(sorted(names.values())[:5])}"
-            )
-
-    def decays(param: Tensor) -> bool:
-        return not any(word in names.get(param, "") for word in words)
-
-    groups: list[dict[str, Any]] = []
-    for given in _groups(model_parameters):
-        decayed = [param for param in given["params"] if decays(param)]
-        spared = [param for param in given["params"] if not decays(param)]
-        groups += [{**given, "params": decayed}] if decayed else []
-        groups += [{**given, "params": spared, "weight_decay": 0.0}] if spared else []
-    return kind(groups, **params)
+    if entries is None:
+        chosen = [groups.no_decay(words, "optimizer.params.no_decay")]
+    else:
+        chosen = groups.read(entries, kind, "optimizer.params.groups")
+    return kind(groups.split(_groups(model_parameters), chosen, engine.module), **params)
 
 
 def _groups(model_parameters: Iterable[Any]) -> list[dict[str, Any]]:

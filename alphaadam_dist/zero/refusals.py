@@ -19,8 +19,8 @@ Refusal = tuple[bool, str, str]
 def refuse(engine: Any, optimizer: AlphaOptimizer) -> None:
     """Raise ValueError for the first feature of this engine under which the result would not be exact."""
     for present, what, fix in chain(
-        _of_the_optimizer(optimizer), _of_the_parallelism(engine), _of_the_precision(engine, optimizer),
-        _of_the_offload(engine, optimizer),
+        _of_the_optimizer(optimizer), _of_the_groups(engine, optimizer), _of_the_parallelism(engine),
+        _of_the_precision(engine, optimizer), _of_the_offload(engine, optimizer),
     ):  # fmt: skip
         if present:
             raise ValueError(f"{type(optimizer).__name__} under DeepSpeed does not serve {what}: {fix}")
@@ -39,6 +39,17 @@ def _of_the_optimizer(optimizer: AlphaOptimizer) -> Iterator[Refusal]:
         f"sharding={optimizer.sharding!r}, process_group={optimizer.process_group!r}",
         "DeepSpeed decides how the model is sharded: leave both at their defaults",
     )
+
+
+def _of_the_groups(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
+    stage = engine.zero_optimization_stage()
+    for i, group in enumerate(optimizer.param_groups):
+        yield (
+            stage in (1, 2) and not any(param.requires_grad for param in group["params"]),
+            f"parameter group {i}, whose {len(group['params'])} parameters are frozen, at stage {stage}",
+            "DeepSpeed makes a partition of the trainable ones, and there are none: leave this group, or the entry of "
+            "`groups` that makes it, out",
+        )
 
 
 def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:

@@ -28,6 +28,7 @@ from alphaadam_dist.training.settings import (
     OPTIMIZERS,
     SavedSettings,
     check_counts,
+    check_groups,
     check_rates,
     check_seed,
 )
@@ -67,6 +68,14 @@ class Recipe(SavedSettings):
     lr: Lr
     weight_decay: WeightDecay
     epochs: Epochs
+    groups: Annotated[
+        Path | None,
+        option(
+            "A JSON file with groups of parameters by name that have a rate, decay or betas of their own.",
+            WHAT,
+            default="norms and biases do not decay, or what --deepspeed says",
+        ),
+    ] = None
     steps: Annotated[int | None, option("Optimizer steps, instead of --epochs.", WHAT, default="as --epochs says")] = (
         None
     )
@@ -105,6 +114,7 @@ class Recipe(SavedSettings):
         check_counts(self, {"steps": 1, "save_every": 1})
         check_counts(self, {"batch": 1, "accumulate": 1}, LARGE)
         check_seed(self.seed)
+        check_groups(self.groups)
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight-decay is {self.weight_decay}: it must be 0 or more, and finite")
         if self.fsdp and self.deepspeed is not None:
@@ -162,6 +172,13 @@ class Training:
         return torch.bfloat16 if self.bf16_parameters else weights_dtype(arguments)
 
     @property
+    def groups(self) -> list[dict[str, Any]] | None:
+        """The entries in --groups."""
+        from alphaadam_dist.groups import read_file
+
+        return None if self.recipe.groups is None else read_file(self.recipe.groups)
+
+    @property
     def finished(self) -> bool:
         """Whether it has trained to the end already, and only the report is left."""
         return self.recipe.resume and (self.folder / _FINISHED).exists()
@@ -180,7 +197,7 @@ class Training:
         recipe, ds_config = self.recipe, None
         with naming_config(recipe.deepspeed):
             if recipe.deepspeed is not None:
-                ds_config = read_ds_config(recipe.deepspeed, self.optimizer)
+                ds_config = read_ds_config(recipe.deepspeed, self.optimizer, self.groups)
                 if self.state_dtype is not None:
                     ds_config = in_bf16(ds_config, parameters=self.bf16_parameters)
             # Accelerate would make fp32 weights of those that it is to cast to bf16
@@ -237,7 +254,7 @@ class Training:
         with naming_config(self.recipe.deepspeed):
             finished = fit(
                 self.optimizer, *what, console=self.console, callbacks=callbacks, state_dtype=self.state_dtype,
-                **options,
+                groups=self.groups, **options,
             )  # fmt: skip
         if not finished:
             raise Stopped(saved=True)

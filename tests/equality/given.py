@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Replicate, Shard
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist import AlphaAdam, parameter_groups
 from alphaadam_dist.optimizer import AlphaOptimizer
 from tests.models import Given, given_gradients
 from tests.older_torch import distributed
@@ -44,6 +44,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     }.items()
     for threshold in (0.0, 0.1)
 } | {"fast": {"fused": True, "gamma": 0.1, "threshold": 0.05}}
+
+GROUPS: list[dict[str, Any]] = [
+    {"match": "^embedding$|^one$", "lr_scale": 4.0},
+    {"match": "norm|bias", "weight_decay": 0.0, "lr_scale": 0.3},
+]
+"""Entries for parameter_groups that leave one parameter to the defaults."""
 
 
 def mesh(**shape: int) -> DeviceMesh:
@@ -165,14 +171,17 @@ def run(
     seed: int = 1,
     kind: type[AlphaOptimizer] = AlphaAdam,
     dtype: torch.dtype = torch.float32,
+    groups: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """On a rank: steps with given gradients; alphas, counts, collectives and what the rank then holds.
 
-    ``dtype`` is the parameters'. Moments are told of where they are kept by parameter.
+    ``dtype`` is the parameters', ``groups`` are entries for parameter_groups. Moments are told of where they are kept
+    by parameter.
     """
     _, shard, extra = REGIMES[regime]
     model = shard(Given().to(dtype))
-    optimizer = kind(model.named_parameters(), **{"lr": LR, "weight_decay": 0.1, **options, **extra()})
+    params: Any = model.named_parameters() if groups is None else parameter_groups(model, groups, kind)
+    optimizer = kind(params, **{"lr": LR, "weight_decay": 0.1, **options, **extra()})
     seen, collectives = [], []
     for gradients in given_gradients(steps, seed):
         give(model, gradients)

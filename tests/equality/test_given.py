@@ -14,6 +14,7 @@ from alphaadam_dist.optimizer import AlphaOptimizer
 from .. import threads
 from ..family import AlphaSignum
 from ..marks import slow_but
+from ..ranks import RankError
 from . import given, pieces
 
 FAST = ("plain", "ddp", "fsdp2", "tp", "fsdp1-flat", "by-hand")
@@ -21,14 +22,19 @@ FAMILY: dict[str, type[AlphaOptimizer]] = {"lion": AlphaLion, "sgd": AlphaSGD, "
 
 
 @cache
-def alone(setting: str, kind: type[AlphaOptimizer] = AlphaAdam) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    (result,) = threads.run(1, given.run, "plain", given.SETTINGS[setting], kind=kind)
+def alone(
+    setting: str, kind: type[AlphaOptimizer] = AlphaAdam, grouped: bool = False
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    groups = given.GROUPS if grouped else None
+    (result,) = threads.run(1, given.run, "plain", given.SETTINGS[setting], kind=kind, groups=groups)
     return result["seen"], pieces.assemble([result["params"]], given.SHAPES)
 
 
-def assert_equal(ranks: list[dict[str, Any]], setting: str, kind: type[AlphaOptimizer] = AlphaAdam) -> None:
+def assert_equal(
+    ranks: list[dict[str, Any]], setting: str, kind: type[AlphaOptimizer] = AlphaAdam, grouped: bool = False
+) -> None:
     """Counts, alphas and parameters are one process's, bit for bit; a rank may know a part of the layers' names."""
-    seen, params = alone(setting, kind)
+    seen, params = alone(setting, kind, grouped)
     for rank, result in enumerate(ranks):
         for step, ((alpha, counts), (alpha_alone, counts_alone)) in enumerate(zip(result["seen"], seen, strict=True)):
             assert counts == counts_alone, f"counts differ on rank {rank} at step {step}"
@@ -59,6 +65,24 @@ def test_the_family(regime: str, kind: str) -> None:
     setting = list(given.SETTINGS)[(list(given.REGIMES).index(regime) + list(FAMILY).index(kind)) % len(given.SETTINGS)]
     ranks = threads.run(given.REGIMES[regime][0], given.run, regime, given.SETTINGS[setting], kind=FAMILY[kind])
     assert_equal(ranks, setting, FAMILY[kind])
+
+
+NOT_BY_NAME = ("pipeline", "fsdp1-flat", "fsdp1-flat-hybrid")  # a stage lacks names, FSDP1 has merged them
+
+
+@pytest.mark.parametrize("setting", ["exact-0.0", "delayed-0.1", "layer-0.1", "fast"])
+@pytest.mark.parametrize("regime", slow_but([name for name in given.REGIMES if name not in NOT_BY_NAME], *FAST))
+def test_groups_by_name(regime: str, setting: str) -> None:
+    """Each group with its own rate and decay; and one process without the groups ends elsewhere."""
+    ranks = threads.run(given.REGIMES[regime][0], given.run, regime, given.SETTINGS[setting], groups=given.GROUPS)
+    assert_equal(ranks, setting, grouped=True)
+    of_groups, of_one = alone(setting, grouped=True)[1], alone(setting)[1]
+    assert {name for name in of_one if torch.equal(of_groups[name], of_one[name])} == {"weight", "frozen"}
+
+
+def test_parameters_that_fsdp1_has_merged_are_in_one_group_only() -> None:
+    with pytest.raises(RankError, match=r"one parameter of embedding, .*one group only: .*use_orig_params=True"):
+        threads.run(4, given.run, "fsdp1-flat", {}, groups=given.GROUPS)
 
 
 def test_alpha_moves_and_settings_differ() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist import AlphaAdam, parameter_groups
 
 from ..ranks import Ranks
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.torchtitan
 
 PAGE = Path(__file__).parents[2] / "docs" / "fsdp.md"
 STEPS = 4
+GROUPS = [{"match": "^0[.]weight", "lr_scale": 4.0}, {"match": "bias", "weight_decay": 0.0}]
 
 
 def example() -> dict[str, Any]:
@@ -87,4 +88,29 @@ def test_the_example(ranks2: Ranks) -> None:
         assert result["metrics"] == alone.metrics()
         for ours, resumed, expected in zip(result["params"], result["resumed"], model.parameters(), strict=True):
             assert torch.equal(ours, resumed)
+            assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-7)  # an average of two equal gradients
+
+
+def with_groups() -> list[torch.Tensor]:
+    from alphaadam_dist.integrations.torchtitan_optimizers import alphaadam
+
+    model = small_model()
+    fully_shard(model)
+    ours = alphaadam(lr=3e-3, groups=GROUPS).build(model_parts=[model])
+    for step in range(STEPS):
+        gradients(model, step)
+        ours.step()
+        ours.zero_grad()
+    return [param.full_tensor().detach() for param in model.parameters()]
+
+
+def test_groups_by_name(ranks2: Ranks) -> None:
+    model = small_model()
+    alone = AlphaAdam(parameter_groups(model, GROUPS), lr=3e-3, weight_decay=0.1)
+    for step in range(STEPS):
+        gradients(model, step)
+        alone.step()
+        alone.zero_grad()
+    for result in ranks2.run(with_groups):
+        for ours, expected in zip(result, model.parameters(), strict=True):
             assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-7)  # an average of two equal gradients

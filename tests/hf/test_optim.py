@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, parameter_groups
 from alphaadam_dist.integrations import hf_trainer
 from alphaadam_dist.training.trainer import FSDP2
 from tests.hf import trainer
@@ -99,6 +100,20 @@ def test_named_in_the_arguments(ranks2: Ranks, tmp_path: Path, where: str) -> No
     assert [group["weight_decay"] for group in ranks[0]["groups"]] == [0.2, 0.0]
     logged = [entry["alpha"] for entry in ranks[0]["logs"] if "loss" in entry]
     assert logged == [alpha for alpha, _ in ranks[0]["seen"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["ddp", "fsdp2", "zero2"])
+def test_groups_in_a_file(ranks2: Ranks, tmp_path: Path, where: str) -> None:
+    """In place of the Trainer's two groups; what no entry names has the arguments' decay."""
+    entries = [{"match": "embed_tokens|lm_head", "lr_scale": 4.0}, {"match": "norm", "weight_decay": 0.0}]
+    (tmp_path / "groups.json").write_text(json.dumps(entries))
+    named = {"optim": "alphaadam", "optim_args": f"gamma=0.1, groups={tmp_path / 'groups.json'}"}
+    config = trainer.client_config(2) if where == "zero2" else None
+    ranks = ranks2.run(trainer.train, str(tmp_path), config, {**named, **(FSDP2 if where == "fsdp2" else {})})
+    alone = trainer.alone(lambda model: parameter_groups(model, entries), {"gamma": 0.1, "weight_decay": 0.2})
+    check(ranks, alone, f"groups, {where}")
+    assert [group["weight_decay"] for group in ranks[0]["groups"]] == [0.2, 0.2, 0.0]
 
 
 def without_default_callbacks(*args: Any, **kwargs: Any) -> Any:

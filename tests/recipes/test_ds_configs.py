@@ -149,6 +149,26 @@ def test_adamw_differs_in_nothing_but_the_optimizer():
     assert ours == baseline
 
 
+def test_groups_go_to_alphaadam_and_the_trainer_makes_adamw_with_them(tmp_path: Path):
+    groups = [{"match": "norm", "weight_decay": 0.0}]
+    ours, baseline = (load_ds_config(2, False, name, groups) for name in ("AlphaAdam", "AdamW"))
+    plain = load_ds_config(2, False, "AlphaAdam")
+    assert ours["optimizer"]["params"].pop("groups") == groups
+    assert ours == plain
+    assert baseline == {key: value for key, value in plain.items() if key != "optimizer"}
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"optimizer": {"type": "AlphaAdam", "params": {"groups": groups}}}))
+    with pytest.raises(ValueError, match=r"has groups=\[.*--groups is given too: give one of them"):
+        read_ds_config(path, "AlphaAdam", groups)
+    with pytest.raises(ValueError, match=r"has groups=\[.*only AlphaAdam knows: .*both the same groups with --groups"):
+        read_ds_config(path, "AdamW")
+    path.write_text(json.dumps({"scheduler": {"type": "WarmupLR", "params": {}}}))
+    assert "scheduler" in read_ds_config(path, "AlphaAdam", groups)
+    with pytest.raises(ValueError, match="has a scheduler, which writes one learning rate into all of AdamW's groups"):
+        read_ds_config(path, "AdamW", groups)
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if "plain" in name or "llama" in name])
 def test_where_a_script_reads_the_file_itself_nothing_is_left_to_hf(name: str):
     assert "auto" not in (FOLDER / name).read_text()

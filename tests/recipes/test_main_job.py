@@ -1,5 +1,6 @@
 """The main job through the real launcher: killed, resumed, and the same as if nothing had happened."""
 
+import json
 import os
 import shutil
 import signal
@@ -30,7 +31,10 @@ def text(tmp_path: Path) -> Path:
 
 
 def _command(text: Path, out: Path, *more: str) -> list[str]:
+    groups = out.parent / "groups.json"
+    groups.write_text(json.dumps([{"match": "embed", "lr_scale": 2.0}, {"match": "norm", "weight_decay": 0.0}]))
     small = ["--steps", str(STEPS), "--batch", "2", "--block", "32", "--gpus", "2", "--data", str(text)]
+    small += ["--groups", str(groups)]
     return [str(Path(sys.executable).parent / "alphaadam"), "train", *small, "--out", str(out), *more]
 
 

@@ -258,6 +258,41 @@ def test_llama_in_bf16_without_masters(ranks2: Ranks, garden: list[str], cache: 
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
+def _saved_groups(folder: Path) -> list[tuple[float, float, float]]:
+    """Of each parameter group in the last checkpoint: the rate at its peak, lr_scale and decay."""
+    checkpoint = folder / "checkpoint-4"
+    if (checkpoint / "optimizer.pt").exists():
+        held = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    else:
+        (path,) = checkpoint.glob("global_step4/*zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        held = torch.load(path, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+    return [(g["initial_lr"], g.get("lr_scale", 1.0), g["weight_decay"]) for g in held["param_groups"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["plain", "zero2", "fsdp"])
+def test_groups_by_name_for_both_optimizers(ranks2: Ranks, cache: Path, tmp_path: Path, how: str):
+    """AdamW gets lr * lr_scale. Where everything has the same rate again, the losses are others."""
+    sharding = {"plain": [], "fsdp": ["--fsdp"], "zero2": ["--deepspeed", f"{ROOT}/ds_configs/zero2.json"]}[how]
+    groups = tmp_path / "groups.json"
+    groups.write_text(json.dumps([{"match": "wte", "lr_scale": 4.0}, {"match": "ln_", "weight_decay": 0.0}]))
+    shape = ["--layers", "1", "--hidden", "16", "--heads", "1", "--block", "32", "--vocabulary", "300"]
+    same = [*shape, *SMALL, *sharding, "--data", str(ROOT / "alphaadam_dist" / "verify")]
+    for optimizer in ("alphaadam", "adamw"):
+        both = [*same, "--optimizer", optimizer]
+        on_ranks(ranks2, "pretrain_gpt2", [*both, "--groups", str(groups), "--out", str(tmp_path / "run")], cache)
+        if how != "fsdp":
+            rate, scale = (1e-2, 4.0) if optimizer == "alphaadam" else (4e-2, 1.0)
+            expected = [(1e-2, 1.0, 0.1), (rate, scale, 0.1), (1e-2, 1.0, 0.0)]
+            assert _saved_groups(tmp_path / "run" / optimizer) == expected
+    on_ranks(ranks2, "pretrain_gpt2", [*same, "--out", str(tmp_path / "plain")], cache)
+    losses = [
+        _logged(folder, "eval_loss")[-1][1] for folder in (tmp_path / "run/alphaadam", tmp_path / "plain/alphaadam")
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-2
+
+
 def _refused(recipe: str, *arguments: str) -> str:
     app = importlib.import_module(f"launch.{recipe}").app
     result = CliRunner().invoke(app, arguments, env={**PLAIN, **ALONE})
@@ -278,6 +313,8 @@ def _refused(recipe: str, *arguments: str) -> str:
         ("finetune_llama", ["--state-dtype", "float16"], ["--state-dtype", "bfloat16"]),
         ("finetune_llama", ["--lora", "0"], ["--lora is 0", "1 or more"]),
         ("pretrain_gpt2", ["--hidden", "30", "--heads", "4"], ["--hidden is 30", "--heads 4"]),
+        ("pretrain_gpt2", ["--groups", "nowhere.json"], ["--groups is nowhere.json", "no such file", '"match"']),
+        ("pretrain_gpt2", ["--groups", __file__], ["test_recipes.py is cut short or no JSON", "write a list there"]),
         ("pretrain_gpt2", ["--lr", "0"], ["--lr is 0", "above 0"]),
         ("pretrain_gpt2", ["--lr", "inf"], ["--lr is inf", "finite"]),
         ("pretrain_gpt2", ["--weight-decay", "nan"], ["--weight-decay is nan", "0 or more"]),

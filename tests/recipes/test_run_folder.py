@@ -47,6 +47,10 @@ SETTINGS = Settings(
         ({"seed": -1}, "--seed is -1: it must be from 0 to 4294967295"),
         ({"seed": 2**32}, "--seed is 4294967296: it must be from 0 to 4294967295"),
         ({"model": "./nowhere"}, "--model is ./nowhere: there is no such file or folder"),
+        (
+            {"groups": "nowhere.json"},
+            r"--groups is nowhere\.json: there is no such file; write a list there, as in \[\{",
+        ),
         ({"data": "nowhere/"}, "--data is nowhere/: there is no such file or folder"),
     ],
 )

@@ -394,7 +394,7 @@ def test_a_misspelt_key_of_a_group_warns_once_with_the_nearest_option(kind: Any,
 
 
 KEYS_OF_TOOLS = (
-    "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "lr_mult", "wd_mult", "base_momentum",
+    "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_mult", "wd_mult", "base_momentum",
     "max_momentum", "name", "layer", "layer_id", "group_name", "step", "bias_correction", "moe", "use_muon", "no_decay",
     "weight_decay_mult", "no_weight_decay", "layer_decay", "tag", "rank", "scale",
 )  # fmt: skip

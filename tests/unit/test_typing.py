@@ -12,7 +12,7 @@ import pytest
 import alphaadam_dist
 
 RIGHT = """import torch
-from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, parameter_groups
 
 model = torch.nn.Linear(4, 4)
 optimizer = AlphaAdam(
@@ -22,6 +22,7 @@ optimizer = AlphaAdam(
 )
 AlphaLion([{"params": model.weight, "lr": 1e-4}], betas=(0.9, 0.99), maximize=True)
 AlphaSGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9, nesterov=True)
+AlphaLion(parameter_groups(model, [{"match": "weight", "lr_scale": 4.0}, {"match": "bias", "lr": 0.1}], AlphaLion))
 
 
 def closure() -> float:
@@ -43,6 +44,7 @@ WRONG = {
     "AlphaAdam(model.parameters(), gama=0.5)": 'Unexpected keyword argument "gama"',
     'AlphaAdam(model.parameters(), gamma="half")': 'Argument "gamma" to "AlphaAdam" has incompatible type "str"',
     "AlphaLion(model.parameters(), eps=1e-8)": 'Unexpected keyword argument "eps"',
+    "parameter_groups(model, 4.0)": 'Argument 2 to "parameter_groups" has incompatible type "float"',
     "optimizer.alpha.upper()": 'has no attribute "upper"',
 }
 
