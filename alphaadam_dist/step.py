@@ -109,14 +109,19 @@ class Step:
         self._statistics.reduce()
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Step the parameters that are in the optimizer's groups now and have a gradient, each once in a step.
+    def update(self, parts: Iterable[tuple[dict[str, Any], Sequence[Tensor]]] | None = None) -> None:
+        """Step the parameters that have a gradient, each once in a step. Mutates them and their state.
 
-        Mutates them and their state. Raises RuntimeError out of order.
+        Args:
+            parts: parameter groups, each with those of its parameters that step now. None: all that are in the
+                optimizer's groups now.
+
+        Raises:
+            RuntimeError: out of order.
         """
         self._advance("update", "updated")
         optimizer, delayed = self._optimizer, self._options.sync == "delayed"
-        held, self._held = self._local_tensors() if self._held is None else self._held, None
+        held, self._held = self._local_tensors(parts) if self._held is None else self._held, None
         self._stepped = self._stepped or bool(held)
         scale = self._directed(self._statistics.clip_coefficient())
         for group, part in held:
@@ -155,12 +160,16 @@ class Step:
             )
         self._done = done
 
-    def _local_tensors(self) -> list[tuple[dict[str, Any], LocalTensors]]:
-        """What is held of each parameter group on each device, beside the group."""
+    def _local_tensors(
+        self, parts: Iterable[tuple[dict[str, Any], Sequence[Tensor]]] | None = None
+    ) -> list[tuple[dict[str, Any], LocalTensors]]:
+        """What is held of each of these parts, or of all groups, on each device, beside the group."""
+        if parts is None:
+            parts = [(group, group["params"]) for group in self._optimizer.param_groups]
         return [
             (group, held)
-            for group in self._optimizer.param_groups
-            for held in local_tensors(group["params"], self._layout, self._optimizer.moments, self._state)
+            for group, params in parts
+            for held in local_tensors(params, self._layout, self._optimizer.moments, self._state)
         ]
 
     def _directed(self, scale: Tensor | float | None) -> Tensor | float | None:
