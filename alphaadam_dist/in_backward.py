@@ -47,7 +47,9 @@ class StepInBackward:
         _refuse(optimizer, model)
         self._owner = weakref.ref(optimizer)  # hooks live as long as parameters: they must not keep it alive
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-        _refuse_unreduced(optimizer, self._reducers, parameters.current_layout(optimizer))
+        # now, where all ranks are at one place, and not in the first backward
+        optimizer._run.layout = parameters.current_layout(optimizer)
+        _refuse_unreduced(optimizer, self._reducers, optimizer._run.layout)
         self._lock = threading.RLock()  # a model on several devices has a thread of the backward for each
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
