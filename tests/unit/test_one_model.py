@@ -18,7 +18,8 @@ from alphaadam_dist.optimizer import AlphaOptimizer
 
 from .problems import same_bits
 
-WAY_OUT = r"one optimizer over all parameters .* after backward\(\), or give scope='layer' without clip_norm"
+WAY_OUT = r"one optimizer over all parameters .* after backward\(\), or give scope='layer' without clip_norm.*"
+WAY_OUT += r"sync='delayed' and call its step_in_backward\(model\)"
 
 
 def model() -> nn.Sequential:
