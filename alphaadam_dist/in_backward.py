@@ -5,6 +5,7 @@ hooks are torch's post-accumulate-grad hooks, which FSDP2 calls after its reduce
 these hooks: there all parameters step when the backward ends, and so does any that no hook announced.
 """
 
+import sys
 import threading
 import warnings
 import weakref
@@ -140,6 +141,12 @@ class StepInBackward:
             if self._backward() is None:
                 raise _unfinished(failed=True)
             return
+        if getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False):
+            raise RuntimeError(
+                "step_in_backward under compiled autograd: a backward that is compiled as a whole has no end at which "
+                "the step could end. Set torch._dynamo.config.compiled_autograd=False (a compiled model is served), or "
+                "call step() after backward without step_in_backward"
+            )
         if self._taken:
             raise RuntimeError(
                 "a second backward() before the step() of the first, in which the parameters were stepped already: "
@@ -273,6 +280,13 @@ def _refuse(optimizer: Persistent, model: Module) -> None:
                 f"parameter {name!r} of the optimizer is none of the model's, so nobody can tell who averages its "
                 "gradient: build the optimizer after all that wraps the model, and give step_in_backward the module "
                 "that holds all parameters, as in nn.ModuleList([model, head])"
+            )
+    for module in model.modules():
+        clip = getattr(getattr(module, "_trainer", None), "gradient_clip_val", None)
+        if clip:
+            raise ValueError(
+                f"Lightning's Trainer(gradient_clip_val={clip!r}) with step_in_backward: the gradients are stepped and "
+                "freed before the Trainer could clip them. Leave one of them out"
             )
     ours = {param for group in optimizer.param_groups for param in group["params"]}
     others = sum(param.requires_grad for param in held - ours)

@@ -6,11 +6,13 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils.checkpoint import checkpoint
 
@@ -432,6 +434,36 @@ def test_the_model_is_the_optimizers() -> None:
         alone.step_in_backward(model)
     with pytest.raises(RuntimeError, match="steps in backward already"):
         alone.step_in_backward(model)
+
+
+def test_lightnings_clipping_would_be_lost() -> None:
+    model, optimizer = made()
+    model._trainer = SimpleNamespace(gradient_clip_val=1.0)  # type: ignore[assignment]  # as a LightningModule has it
+    with pytest.raises(ValueError, match=r"gradient_clip_val=1.0\) with step_in_backward"):
+        optimizer.step_in_backward(nn.ModuleList([model]))
+    model._trainer.gradient_clip_val = None  # type: ignore[union-attr]
+    optimizer.step_in_backward(model)
+
+
+@pytest.mark.slow
+def test_compiled_models() -> None:
+    (model, ours), (other, theirs) = made(), made()
+    compiled, reference = (torch.compile(one, backend="aot_eager") for one in (model, other))
+    ours.step_in_backward(compiled)
+    train(compiled, ours, range(4))
+    train(reference, theirs, range(4))
+    assert differences(model, ours, other, theirs) == []
+
+
+@pytest.mark.slow
+def test_a_compiled_backward_is_refused() -> None:
+    model, optimizer = made()
+    optimizer.step_in_backward(model)
+    with (
+        compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(RuntimeError, match="compiled_autograd=False"),
+    ):
+        loss_of(model, 0).backward()
 
 
 def test_reentrant_checkpointing() -> None:
