@@ -178,7 +178,10 @@ def rows_in_bf16(model: Shapes, cluster: Cluster) -> list[Row]:
 
 
 def in_backward(planned: list[Row], model: Shapes, cluster: Cluster, state_dtype: str | None) -> list[Row]:
-    """Of these the ones that take step_in_backward, without the gradients that it frees: all but those of a module."""
+    """Of these the ones that take step_in_backward, without the gradients that it frees: all but those of a module.
+
+    Under offload they wait in CPU memory for the end of the backward, as without it.
+    """
     size = FP32 if state_dtype is None else BF16
     freed = size * max(0, model.trained - max(model.rest, model.block))
     found = []
@@ -186,10 +189,7 @@ def in_backward(planned: list[Row], model: Shapes, cluster: Cluster, state_dtype
         if row.sharding not in FSDP_ORDER:
             continue
         ranks = cluster.gpus // cluster.nodes if row.sharding == "HSDP" else cluster.gpus
-        if row.node:
-            found.append(replace(row, node=row.node - freed / cluster.nodes))
-        else:
-            found.append(replace(row, gpu=row.gpu - freed / ranks))
+        found.append(row if row.node else replace(row, gpu=row.gpu - freed / ranks))
     return found
 
 

@@ -212,9 +212,7 @@ def test_with_the_step_in_backward_every_fsdp_is_smaller_by_the_gradients():
     assert set(freed) == {"HSDP", "FSDP2", "FSDP2, CPU offload"}
     for sharding, ranks in (("HSDP", 8), ("FSDP2", 16)):
         assert kept[sharding].gpu - freed[sharding].gpu == pytest.approx(4 * 6.74e9 / ranks, rel=0.05)
-    offloaded = kept["FSDP2, CPU offload"], freed["FSDP2, CPU offload"]
-    assert offloaded[0].node - offloaded[1].node == pytest.approx(4 * 6.74e9 / 2, rel=0.05)
-    assert offloaded[0].gpu == offloaded[1].gpu
+    assert kept["FSDP2, CPU offload"] == freed["FSDP2, CPU offload"]
 
 
 def test_in_bf16_llama_7b_fits_on_two_of_24_with_offload():

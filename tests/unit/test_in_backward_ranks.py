@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from alphaadam_dist import AlphaAdam
+from alphaadam_dist import AlphaAdam, in_backward
 
 from ..marks import slow_but
 from ..models import Given, decay_groups, given_gradients
@@ -152,6 +153,22 @@ def test_it_is_step_after_backward(ranks2: Ranks, kind: str, options: str) -> No
 def test_on_one_rank(ranks1: Ranks, kind: str) -> None:
     (answer,) = ranks1.run(trained, kind, {})
     assert answer["wrong"] == []
+
+
+def offloaded() -> dict[str, Any]:
+    """As on a GPU, where gradients are on their way to the CPU when the hooks are called: all wait for the end."""
+    model, _ = made("fsdp2", {})
+    with mock.patch.object(DeviceMesh, "device_type", property(lambda _: "cuda")):
+        assert all(map(in_backward._offloaded, model.parameters()))
+    assert not any(map(in_backward._offloaded, model.parameters()))
+    with mock.patch.object(in_backward, "_offloaded", return_value=True):
+        return trained("fsdp2", {})
+
+
+def test_offloaded_parameters_wait_for_the_end(ranks2: Ranks) -> None:
+    for answer in ranks2.run(offloaded):
+        assert answer["wrong"] == []
+        assert answer["alive"] > 1
 
 
 def given(wrap: str) -> list[str]:
