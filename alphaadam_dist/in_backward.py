@@ -198,6 +198,7 @@ class StepInBackward:
         if self._step is None:
             layout = parameters.current_layout(optimizer)
             _refuse_unreduced(optimizer, self._reducers, layout)
+            self._in_order(optimizer, [])
             self._step = Step(optimizer, layout)
         return self._step
 
