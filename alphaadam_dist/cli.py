@@ -301,6 +301,10 @@ def plan(
         Literal["bfloat16"] | None,
         typer.Option(help="Moments and parameters in bf16, without fp32 masters.", show_default=False),
     ] = None,
+    step_in_backward: Annotated[
+        bool,
+        typer.Option("--step-in-backward", help="Gradients are freed in the backward; FSDP alone, one micro-batch."),
+    ] = False,
 ) -> None:
     """Say which sharding fits a model on these GPUs, what a step sends, and what to start.
 
@@ -313,6 +317,8 @@ def plan(
       alphaadam plan llama-7b --gpus 16 --memory 40
 
       alphaadam plan llama-7b --gpus 1 --memory 80 --state-dtype bfloat16
+
+      alphaadam plan llama-7b --gpus 1 --memory 48 --state-dtype bfloat16 --step-in-backward --headroom 0.15
 
       alphaadam plan ./my-model --gpus 4 --memory 24 --headroom 0.3
 
@@ -335,7 +341,7 @@ def plan(
         cluster = planning.Cluster(gpus, per_node, memory, free)
         with console.status("Reading the model's sizes"):
             sizes = planning.shapes(model, qlora if lora is None else lora, four_bit=qlora is not None)
-        if not planning.show(console, sizes, cluster, state_dtype):
+        if not planning.show(console, sizes, cluster, state_dtype, step_in_backward=step_in_backward):
             raise typer.Exit(1)
 
 

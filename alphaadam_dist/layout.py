@@ -109,7 +109,8 @@ class Layout:
     def indices(self, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
         """The row (int64) and whether this rank owns it (float64, 0 or 1) of n segments, each (n,) on the device."""
         if segments not in self._indices:
-            if len(self._indices) >= 256:  # a model whose unused parameters change from step to step
+            # a model whose unused parameters change from step to step; in a backward each has an entry of its own
+            if len(self._indices) >= max(256, 2 * len(self.segments)):
                 self._indices.clear()
             rows = torch.tensor([s.row for s in segments], dtype=torch.int64, device=self.device)
             owned = torch.tensor([s.owned for s in segments], dtype=torch.float64, device=self.device)

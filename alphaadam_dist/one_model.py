@@ -23,7 +23,8 @@ from .options import FamilyOptions
 ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
 _THE_WAY_OUT = (
     "Build one optimizer over all parameters and call its step() after backward(), or give scope='layer' without "
-    "clip_norm and alpha_warmup: one alpha for each parameter, the same numbers however optimizers are built"
+    "clip_norm and alpha_warmup: one alpha for each parameter, the same numbers however optimizers are built. To free "
+    "each gradient inside the backward build one with sync='delayed' and call its step_in_backward(model)"
 )
 
 

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from . import one_model, options, parameters, torch_versions
 from .eager import eager
 from .import_hook import when_imported
+from .in_backward import StepInBackward
 from .kernels import consensus
 from .options import FamilyOptions
 from .persistence import Persistent, Run
@@ -174,7 +176,9 @@ class AlphaOptimizer(Persistent):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        driver = self._run.driver
+        in_backward, driver = self._run.in_backward, self._run.driver
+        if in_backward is not None and in_backward.end(self):
+            return loss
         if driver is not None and driver.update_part is not None:
             driver.update_part()
             return loss
@@ -186,6 +190,31 @@ class AlphaOptimizer(Persistent):
         step.update()
         step.close()
         return loss
+
+    def step_in_backward(self, model: Module) -> StepInBackward:
+        """From now on each parameter steps in the backward, as its gradient arrives, and the gradient is freed.
+
+        The result is that of step() after backward, bit for bit. Call step() after every backward all the same: it
+        checks that the step was taken, and schedulers count by it. Needs sync="delayed". Collective where the model
+        is sharded.
+
+        Args:
+            model: the module that holds the parameters, as DDP or FSDP2 wraps it.
+
+        Returns:
+            a handle, whose ``remove()`` undoes this.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: the result would not be that of step(), with the way out.
+            RuntimeError: the optimizer steps in backward already.
+        """
+        return StepInBackward(self._run.owner() or self, model)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler calls step() whatever it saw: in backward it saw no gradients, and step() refuses it."""
+        return self._run.in_backward is not None
 
 
 when_imported(one_model.ZERO_REDUNDANCY, one_model.watch_zero_redundancy)

@@ -8,7 +8,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from .options import FamilyOptions
 from .rounding import FORMAT, INITIAL_ROUNDING, STATE_DTYPES
 from .shards import fsdp1
 from .statistics import INITIAL_STATE, Statistics
+
+if TYPE_CHECKING:
+    from .in_backward import StepInBackward
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Run:
         published: the list that is in param_groups while nobody has replaced it.
         layout: of the last step.
         driver: the backend that shards the model in the optimizer's place.
+        in_backward: what steps the parameters in the backward; None where step() does.
         warned: keys of parameter groups that were warned of.
         idle_steps: how many steps have had no gradient on this rank; None once one had, or once that was said.
         n: steps applied to the whole model, from the first whose learning rate is not 0; rounding reads it.
@@ -65,6 +69,7 @@ class Run:
     published: list[float] | None = None
     layout: Layout | None = None
     driver: Driver | None = None
+    in_backward: StepInBackward | None = None
     warned: set[str] = field(default_factory=set)
     idle_steps: int | None = 0
     n: int = 0

@@ -14,7 +14,7 @@ copy of each rank's parameters for the optimizer, under ZeRO-3 none, but two of 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
@@ -177,6 +177,22 @@ def rows_in_bf16(model: Shapes, cluster: Cluster) -> list[Row]:
     ]  # fmt: skip
 
 
+def in_backward(planned: list[Row], model: Shapes, cluster: Cluster, state_dtype: str | None) -> list[Row]:
+    """Of these the ones that take step_in_backward, without the gradients that it frees: all but those of a module.
+
+    Under offload they wait in CPU memory for the end of the backward, as without it.
+    """
+    size = FP32 if state_dtype is None else BF16
+    freed = size * max(0, model.trained - max(model.rest, model.block))
+    found = []
+    for row in planned:
+        if row.sharding not in FSDP_ORDER:
+            continue
+        ranks = cluster.gpus // cluster.nodes if row.sharding == "HSDP" else cluster.gpus
+        found.append(row if row.node else replace(row, gpu=row.gpu - freed / ranks))
+    return found
+
+
 def _ring(ranks: int) -> float:
     """Share of a tensor that each rank sends where it is reduce-scattered or all-gathered; twice that to all-reduce."""
     return (ranks - 1) / ranks
@@ -189,9 +205,18 @@ def first_fit(planned: list[Row], order: tuple[str, ...], cluster: Cluster) -> R
     return next(fitting, None)
 
 
-def show(console: Console, model: Shapes, cluster: Cluster, state_dtype: str | None = None) -> bool:
+def show(
+    console: Console,
+    model: Shapes,
+    cluster: Cluster,
+    state_dtype: str | None = None,
+    *,
+    step_in_backward: bool = False,
+) -> bool:
     """Print the table and what to use; whether anything fits."""
     planned = rows(model, cluster) if state_dtype is None else rows_in_bf16(model, cluster)
+    if step_in_backward:
+        planned = in_backward(planned, model, cluster, state_dtype)
     chosen = [first_fit(planned, order, cluster) for order in (DEEPSPEED_ORDER, FSDP_ORDER)]
     where = f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)} of {cluster.memory:g} GiB"
     if cluster.nodes > 1:

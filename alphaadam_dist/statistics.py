@@ -10,6 +10,7 @@ The numbers, all float64 on the layout's device:
                                with clip_norm), one a parameter with "layer". Zeroed by open, added to by add and
                                add_norms, all-reduced by reduce or close.
     _alpha (rows,)             alpha of each row in the open step or else the last. Read by strengths.
+    _strengths (rows, 2)       what strengths made of these two in the open step; None until then.
     _applied ()                T of the open step, itself included. Read by strengths, for alpha_warmup.
     _memory (4,)               [T, alpha, A, C] after the last step that had evidence: what checkpoints carry.
     _squared_norm ()           of the open step, once it is known. Read by clip_coefficient.
@@ -40,6 +41,7 @@ class Statistics:
         self._memory = torch.tensor(INITIAL_STATE, dtype=torch.float64, device="cpu")
         self._alpha = torch.ones(1, dtype=torch.float64, device="cpu")
         self._applied = torch.ones((), dtype=torch.float64, device="cpu")
+        self._strengths: Tensor | None = None
         self._buffer = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._squared_norm: Tensor | None = None
         self._in_flight: tuple[Tensor, dist.Work | None] | None = None
@@ -55,7 +57,7 @@ class Statistics:
                 self._alpha = torch.ones(layout.rows, dtype=torch.float64, device=layout.device)
         with_norm = self.options.clip_norm is not None
         self._buffer = torch.zeros(2 * layout.rows + with_norm, dtype=torch.float64, device=layout.device)
-        self._squared_norm = None
+        self._squared_norm = self._strengths = None
         self._applied = self._memory[0] + 1
         if self.options.sync == "delayed":
             self._alpha = self._alpha_of(self._memory[2:])
@@ -91,6 +93,7 @@ class Statistics:
         counts = self._counts(self._buffer)
         alpha = self._alpha_of(counts)
         self._alpha.copy_(torch.where(counts.sum() > 0, alpha, self._alpha))
+        self._strengths = None
         self._remember(
             counts, alpha[0] if self.options.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0]
         )
@@ -114,12 +117,15 @@ class Statistics:
     def strengths(self, segments: tuple[Segment, ...]) -> Tensor:
         """f where each of n segments agrees and where it conflicts: float64 (n, 2)."""
         assert self.layout is not None
-        f_agree, f_conflict = rule.strengths(self._alpha, self._applied, self.options.gamma, self.options.alpha_warmup)
-        by_row = torch.stack((f_agree, f_conflict.expand_as(f_agree)), dim=1)
+        if self._strengths is None:
+            f_agree, f_conflict = rule.strengths(
+                self._alpha, self._applied, self.options.gamma, self.options.alpha_warmup
+            )
+            self._strengths = torch.stack((f_agree, f_conflict.expand_as(f_agree)), dim=1)
         return (
-            by_row.expand(len(segments), 2)
+            self._strengths.expand(len(segments), 2)
             if self.options.scope == "global"
-            else by_row[self.layout.indices(segments)[0]]
+            else self._strengths[self.layout.indices(segments)[0]]
         )
 
     def clip_coefficient(self) -> Tensor | None:
@@ -133,6 +139,7 @@ class Statistics:
         self.settle()
         self._memory = torch.tensor(values, dtype=torch.float64, device=self._memory.device)
         self._alpha = torch.full_like(self._alpha, values[1] if self.options.scope == "global" else 1.0)
+        self._strengths = None
 
     def state(self) -> list[float]:
         """[T, alpha, A, C]. Settles and reads the device: synchronises."""

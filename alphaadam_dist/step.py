@@ -110,12 +110,16 @@ class Step:
         self._statistics.reduce()
 
     @torch.no_grad()
-    def update(self, scale: Tensor | float | None = None) -> None:
-        """Step the parameters that are in the optimizer's groups now and have a gradient, each once in a step.
-
-        Mutates them and their state.
+    def update(
+        self,
+        parts: Iterable[tuple[dict[str, Any], Sequence[Tensor]]] | None = None,
+        scale: Tensor | float | None = None,
+    ) -> None:
+        """Step the parameters that have a gradient, each once in a step. Mutates them and their state.
 
         Args:
+            parts: parameter groups, each with those of its parameters that step now. None: all that are in the
+                optimizer's groups now.
             scale: multiplies the gradients into true ones; None where they are.
 
         Raises:
@@ -123,7 +127,7 @@ class Step:
         """
         self._advance("update", "updated")
         optimizer, delayed = self._optimizer, self._options.sync == "delayed"
-        held, self._held = self._local_tensors() if self._held is None else self._held, None
+        held, self._held = self._local_tensors(parts) if self._held is None else self._held, None
         self._stepped = self._stepped or bool(held)
         clip = self._statistics.clip_coefficient()
         scale = self._directed(clip if scale is None else scale)
@@ -163,12 +167,16 @@ class Step:
             )
         self._done = done
 
-    def _local_tensors(self) -> list[tuple[dict[str, Any], LocalTensors]]:
-        """What is held of each parameter group on each device, beside the group."""
+    def _local_tensors(
+        self, parts: Iterable[tuple[dict[str, Any], Sequence[Tensor]]] | None = None
+    ) -> list[tuple[dict[str, Any], LocalTensors]]:
+        """What is held of each of these parts, or of all groups, on each device, beside the group."""
+        if parts is None:
+            parts = [(group, group["params"]) for group in self._optimizer.param_groups]
         return [
             (group, held)
-            for group in self._optimizer.param_groups
-            for held in local_tensors(group["params"], self._layout, self._optimizer.moments, self._state)
+            for group, params in parts
+            for held in local_tensors(params, self._layout, self._optimizer.moments, self._state)
         ]
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -188,6 +188,15 @@ def _callback(base: type) -> type:
                     "into the DeepSpeed config, leave the optimizer out there, or ask for none here"
                 )
 
+        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any) -> None:
+            """Raise ValueError where the Trainer would clip gradients that have been stepped and freed by then."""
+            found = find_alpha_optimizer(optimizer)
+            if found is not None and found._run.in_backward is not None and args.max_grad_norm:
+                raise ValueError(
+                    f"max_grad_norm={args.max_grad_norm} with step_in_backward: the gradients are stepped and freed "
+                    "before the Trainer could clip them. Give max_grad_norm=0, or leave step_in_backward out"
+                )
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **others: Any
                    ) -> None:  # fmt: skip
             """Add alpha and agreement."""

@@ -177,7 +177,7 @@ def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: 
                 "step() was called on a part of the model before the whole of it was counted: DeepSpeed's wrapper did "
                 "not run through the hooks of alphaadam_dist. Call engine.step(), never the optimizer's own step()"
             )
-        opened.update(factor)
+        opened.update(scale=factor)
 
     zero.step, zero.unscale_and_clip_grads = whole_step, count_then_leave_scaled
     optimizer._run.driver = Driver(unused.layout, update_part)

@@ -39,6 +39,12 @@ def _of_the_optimizer(optimizer: AlphaOptimizer) -> Iterator[Refusal]:
         f"sharding={optimizer.sharding!r}, process_group={optimizer.process_group!r}",
         "DeepSpeed decides how the model is sharded: leave both at their defaults",
     )
+    yield (
+        optimizer._run.in_backward is not None,
+        "an optimizer that steps in backward",
+        "ZeRO keeps gradients in buffers of its own and steps when all are reduced: leave step_in_backward out, or "
+        "shard with FSDP2",
+    )
 
 
 def _of_the_groups(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:

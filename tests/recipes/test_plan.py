@@ -193,6 +193,28 @@ def test_in_bf16_llama_7b_fits_on_one_gpu_of_80():
     assert rows["ZeRO-3"].gpu / 6_738_415_616 == pytest.approx(8, rel=0.02)
 
 
+def test_with_the_step_in_backward_llama_7b_has_six_bytes_a_parameter():
+    options = ["--gpus", "1", "--memory", "48", "--state-dtype", "bfloat16", "--headroom", "0.15"]
+    assert "accelerate_configs" not in run("llama-7b", *options).output, "only by offload, under ZeRO-3"
+    result = run("llama-7b", *options, "--step-in-backward")
+    assert result.exit_code == 0
+    assert "--config_file accelerate_configs/fsdp2_bf16.yaml" in result.output
+    assert "ZeRO" not in result.output, "not served"
+    sizes, cluster = plan.shapes("llama-7b"), plan.Cluster(1, 8, 48, 0.15)
+    (row,) = plan.in_backward(plan.rows_in_bf16(sizes, cluster), sizes, cluster, "bfloat16")
+    assert 6 < row.gpu / 6_738_415_616 < 6.4, "and the modules at work, as without it"
+
+
+def test_with_the_step_in_backward_every_fsdp_is_smaller_by_the_gradients():
+    sizes, cluster = plan.shapes("llama-7b"), plan.Cluster(16, 8, 80, 0.4)
+    kept = {row.sharding: row for row in plan.rows(sizes, cluster)}
+    freed = {row.sharding: row for row in plan.in_backward(list(kept.values()), sizes, cluster, None)}
+    assert set(freed) == {"HSDP", "FSDP2", "FSDP2, CPU offload"}
+    for sharding, ranks in (("HSDP", 8), ("FSDP2", 16)):
+        assert kept[sharding].gpu - freed[sharding].gpu == pytest.approx(4 * 6.74e9 / ranks, rel=0.05)
+    assert kept["FSDP2, CPU offload"] == freed["FSDP2, CPU offload"]
+
+
 def test_in_bf16_llama_7b_fits_on_two_of_24_with_offload():
     result = run("llama-7b", "--gpus", "2", "--memory", "24", "--state-dtype", "bfloat16")
     assert result.exit_code == 0

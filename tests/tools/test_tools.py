@@ -101,6 +101,17 @@ def test_lightning(tmp_path: Path) -> None:
     check(alphas)
 
 
+def test_lightning_with_the_step_in_backward(tmp_path: Path) -> None:
+    """Lightning's own `step()` and DDP around it: alpha is that of the step after backward."""
+    script = str(Path(__file__).with_name("with_lightning.py"))
+    alphas = {}
+    for name, options in (("ddp", ()), ("in backward", ("in-backward",)), ("fsdp2, in backward", ("in-backward",))):
+        out, strategy = tmp_path / f"{name}.json", "fsdp2" if "fsdp2" in name else "ddp"
+        start("lightning", [sys.executable, script, str(out), strategy, "delayed", *options], tmp_path, run=False)
+        alphas[name] = json.loads(out.read_text())
+    check(alphas)
+
+
 LOADED = """
 from axolotl.integrations.base import load_plugin
 load_plugin("alphaadam_dist.integrations.axolotl_plugin.AlphaAdamPlugin")

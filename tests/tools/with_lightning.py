@@ -1,4 +1,7 @@
-"""A Lightning module that returns AlphaAdam: `with_lightning.py OUT ddp|fsdp2` writes alpha after each step to OUT."""
+"""A Lightning module that returns AlphaAdam: `with_lightning.py OUT ddp|fsdp2 [SYNC [in-backward]]`.
+
+Writes alpha after each step to OUT.
+"""
 
 import json
 import sys
@@ -17,8 +20,9 @@ from alphaadam_dist import AlphaAdam
 class Regression(lightning.LightningModule):
     """Two layers that learn a product."""
 
-    def __init__(self) -> None:
+    def __init__(self, sync: str = "exact", in_backward: str = "") -> None:
         super().__init__()
+        self.sync, self.in_backward = sync, in_backward
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
         self.alphas: list[float] = []
@@ -30,7 +34,12 @@ class Regression(lightning.LightningModule):
 
     def configure_optimizers(self) -> AlphaAdam:
         """The line to change."""
-        return AlphaAdam(self.named_parameters(), lr=1e-2)
+        return AlphaAdam(self.named_parameters(), lr=1e-2, sync=self.sync)
+
+    def on_train_start(self) -> None:
+        """Behind all that wraps the model and the optimizer."""
+        if self.in_backward:
+            self.optimizers().step_in_backward(self.trainer.model)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Mean squared error."""
@@ -43,7 +52,7 @@ class Regression(lightning.LightningModule):
 
 
 if __name__ == "__main__":
-    out, strategy = sys.argv[1:]
+    out, strategy, *options = sys.argv[1:]
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(40, 5, generator=generator)
     data = torch.utils.data.TensorDataset(given, given[:, :3] * given[:, 2:5])
@@ -52,7 +61,7 @@ if __name__ == "__main__":
         accelerator="cpu", devices=2, strategy=chosen, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(out).parent,
     )  # fmt: skip
-    model = Regression()
+    model = Regression(*options)
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))
     if trainer.is_global_zero:
         Path(out).write_text(json.dumps(model.alphas))

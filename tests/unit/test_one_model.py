@@ -19,7 +19,8 @@ from alphaadam_dist.optimizer import AlphaOptimizer
 from ..older_torch import before_2_7
 from .problems import same_bits
 
-WAY_OUT = r"one optimizer over all parameters .* after backward\(\), or give scope='layer' without clip_norm"
+WAY_OUT = r"one optimizer over all parameters .* after backward\(\), or give scope='layer' without clip_norm.*"
+WAY_OUT += r"sync='delayed' and call its step_in_backward\(model\)"
 
 
 def model() -> nn.Sequential:

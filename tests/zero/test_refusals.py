@@ -158,6 +158,27 @@ def test_megatron_is_refused(ranks2: Ranks, size: str, what: str) -> None:
         ranks2.run(megatron, size)
 
 
+def step_in_backward(before: bool) -> None:
+    model = Given()
+    optimizer = AlphaAdam(model.named_parameters(), sync="delayed")
+    if before:
+        optimizer._run.in_backward = object()  # type: ignore[assignment]  # what step_in_backward puts there
+    import deepspeed
+
+    held, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine.config(2))
+    optimizer.step_in_backward(held.module)
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [(True, "does not serve an optimizer that steps in backward: .* leave step_in_backward out"),
+     (False, "step_in_backward under DeepSpeed is not served: .* Shard with FSDP2")],
+)  # fmt: skip
+def test_the_step_in_backward_is_refused(ranks2: Ranks, before: bool, says: str) -> None:
+    with pytest.raises(RankError, match=says):
+        ranks2.run(step_in_backward, before)
+
+
 def test_a_swapped_optimizer_is_seen() -> None:
     """What Accelerate builds in AlphaAdam's place under offload keeps AlphaAdam's groups, and is told by them."""
     ours = AlphaAdam([nn.Parameter(torch.ones(3))])
