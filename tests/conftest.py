@@ -13,7 +13,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
-from . import older_torch
+from . import older
 from .ranks import Ranks
 
 
@@ -26,11 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
-    """Skip what an older torch itself cannot do; it says so deep in a rank, so that no condition could tell before."""
+    """Skip what older versions themselves cannot do; they say so deep in a rank, so no condition could tell before."""
     try:
         return (yield)
     except Exception as error:
-        reason = older_torch.lacks(error)
+        reason = older.lacks(error)
         if reason is None:
             raise
         pytest.skip(reason)

@@ -68,6 +68,8 @@ def land_1_and_2(zero: Any, params: Iterable[Tensor]) -> None:
         return
     for param in params:
         key = zero.get_param_id(param)
+        if key not in zero.grad_position:
+            continue  # in no flat of this rank
         _, source, _, numel = zero.grad_position[key]
         held = zero.accumulated_grads_in_cpu[key].view(-1)
         whole = held if held.numel() == param.numel() else held.new_zeros(param.numel())

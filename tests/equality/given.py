@@ -26,7 +26,7 @@ from torch.distributed.tensor import Replicate, Shard
 from alphaadam_dist import AlphaAdam, parameter_groups
 from alphaadam_dist.optimizer import AlphaOptimizer
 from tests.models import Given, given_gradients
-from tests.older_torch import distributed
+from tests.older import distributed
 
 from .. import threads
 from . import pieces

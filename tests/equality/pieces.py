@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from alphaadam_dist.shards import clean_names
-from tests.older_torch import distributed
+from tests.older import distributed
 
 Pieces = dict[str, tuple[Tensor, Tensor]]
 """For every parameter the flat indices of the elements that a rank holds, and their values."""

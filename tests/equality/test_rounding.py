@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard
 
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, rounding
 from alphaadam_dist.optimizer import AlphaOptimizer
@@ -18,6 +18,7 @@ from alphaadam_dist.shards import dtensor
 from .. import threads
 from ..family import AlphaSignum
 from ..marks import nightly_but
+from ..older import distributed
 from ..ranks import RankError
 from . import given, pieces
 
@@ -92,7 +93,7 @@ def knows_where(placements: list[Any], shape: tuple[int, ...]) -> bool:
     """Whether this rank knows where its elements stand. That what it knows is true is asserted."""
     over = given.mesh(a=2, b=2)
     indices = torch.arange(torch.Size(shape).numel()).view(shape)
-    part = distribute_tensor(indices, over, placements, src_data_rank=None)
+    part = distributed(indices, over, placements)
     at = dtensor.positions(part, over.get_coordinate() or [])
     if at is None:
         return False
@@ -124,7 +125,7 @@ def test_a_shard_whose_place_is_unknown_is_refused(regime: str) -> None:
 
 
 def split_thrice() -> None:
-    whole = distribute_tensor(torch.ones(2, 4, 4), given.mesh(a=2, b=2), [Shard(1), Shard(2)], src_data_rank=None)
+    whole = distributed(torch.ones(2, 4, 4), given.mesh(a=2, b=2), [Shard(1), Shard(2)])
     AlphaAdam([("w", nn.Parameter(whole))], **BF16)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from alphaadam_dist.shards import clean_name
-from tests.older_torch import distributed
+from tests.older import distributed
 
 from ..equality.pieces import local
 from .programs import NEEDS_GROUP, Unit

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard as Split
 
 from alphaadam_dist import AlphaAdam
 from tests.models import Given, given_gradients
-from tests.older_torch import before_2_7, distributed
+from tests.older import before_2_7, distributed
 
 from .. import threads
 from ..equality import given, pieces

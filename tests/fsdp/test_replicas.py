@@ -17,6 +17,7 @@ from tests.models import Given, given_gradients
 
 from .. import threads
 from ..equality import given, pieces
+from ..older import before_2_7
 from .test_model_ranks import alone, assert_one_process, trained
 
 
@@ -188,6 +189,7 @@ def test_replicas_of_other_seeds_are_refused() -> None:
     assert "never made equal (other seeds?)" in messages[0]
 
 
+@before_2_7
 def test_replicas_whose_gradients_were_not_averaged_are_told(said: dict[int, list[str]]) -> None:
     threads.run(4, replicas_of_other_gradients)
     assert set(said) == {0, 1, 2, 3}

@@ -23,7 +23,7 @@ from alphaadam_dist.verify.settings import Setting
 from alphaadam_dist.zero import internals
 
 from .. import threads
-from ..older_torch import before_2_7
+from ..older import before_2_7
 from ..ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -242,6 +242,7 @@ def slow(*values: str) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@before_2_7
 @pytest.mark.parametrize(
     ("fault", "seen_by", "not_by", "problem"),
     [

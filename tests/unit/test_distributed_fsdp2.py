@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from alphaadam_dist import AlphaAdam, parameters
 from alphaadam_dist.layout import Layout
 from alphaadam_dist.statistics import Statistics
-from tests.older_torch import distributed
+from tests.older import distributed
 
 from ..marks import slow_but
 from ..models import Given, decay_groups, given_gradients

@@ -16,7 +16,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
 
-from ..older_torch import before_2_7
+from ..older import before_2_7
 from .problems import same_bits
 
 WAY_OUT = r"one optimizer over all parameters .* after backward\(\), or give scope='layer' without clip_norm.*"

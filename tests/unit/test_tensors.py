@@ -19,7 +19,7 @@ from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.tensors import local
 
 from .. import threads
-from ..older_torch import gradients_of_another_dtype
+from ..older import gradients_of_another_dtype
 from .problems import gradients, memory_of, parameters_of, same_bits, step_with, tensors
 
 KINDS = (AlphaAdam, AlphaLion, AlphaSGD)

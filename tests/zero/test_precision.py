@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.models import Given
+from tests.older import deepspeed_has_bf16_masters
 from tests.ranks import Ranks
 from tests.zero import engine
 from tests.zero.test_equality import OPTIONS, assert_equal
@@ -142,6 +143,7 @@ def test_fp32_gradients_are_unscaled_in_the_update_alone(ranks2: Ranks, stage: i
         assert set(seen) == {1}, "what it makes of a 1"
 
 
+@deepspeed_has_bf16_masters
 def test_bf16_gradients_are_rounded_as_deepspeed_does(ranks2: Ranks) -> None:
     masters = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     config = {**engine.config(2, "bf16"), "gradient_clipping": 0.3, "bf16": masters}

@@ -198,7 +198,7 @@ def test_a_swapped_optimizer_is_seen() -> None:
         ({"scope": "model"}, r"scope='model' is unknown: give 'global' or 'layer'"),
         ({"sync": "late"}, r"sync='late' is unknown: give 'exact' or 'delayed'"),
         ({"sync": "delayed", "scope": "layer"}, r"sync='delayed' with scope='layer'"),
-        ({"max_grad_norm": 1.0}, r"no option 'max_grad_norm' \(=1\.0\)"),
+        ({"max_grad_norm": 1.0}, "no option 'max_grad_norm'"),
         ({"no_decay": ["bais"]}, r"no_decay has 'bais', which is in no parameter's name"),
         ({"no_decay": "bias"}, r"no_decay='bias': give a list of words"),
     ],

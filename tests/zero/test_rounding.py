@@ -11,6 +11,7 @@ import torch
 from alphaadam_dist import AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
 from tests.marks import nightly_but
+from tests.older import deepspeed_has_bf16_masters
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
 from tests.zero.test_equality import assert_equal
@@ -61,6 +62,7 @@ def test_with_fp32_masters(ranks2: Ranks, mode: str, setting: str) -> None:
     assert_equal(ranks, engine.given_alone(options, dtype=dtype))
 
 
+@deepspeed_has_bf16_masters
 @slow
 @pytest.mark.parametrize(("setting", "mode"), nightly_but(product(OPTIONS, BF16_MASTERS), every=2))
 def test_with_bf16_masters(ranks2: Ranks, mode: str, setting: str) -> None:
@@ -69,6 +71,7 @@ def test_with_bf16_masters(ranks2: Ranks, mode: str, setting: str) -> None:
     assert_equal(ranks, engine.given_alone(options, dtype=torch.bfloat16, masters=torch.bfloat16))
 
 
+@deepspeed_has_bf16_masters
 @slow
 @pytest.mark.parametrize("kind", [AlphaLion, AlphaSGD])
 @pytest.mark.parametrize("mode", ["zero2", "zero3-offload"])
@@ -79,6 +82,7 @@ def test_the_family_on_the_fast_kernels(ranks2: Ranks, mode: str, kind: type[Alp
     assert_equal(ranks, alone)
 
 
+@deepspeed_has_bf16_masters
 @slow
 @pytest.mark.parametrize("mode", ["zero1", "zero2-offload", "zero3-sub-groups"])
 def test_four_ranks(ranks4: Ranks, mode: str) -> None:
@@ -95,6 +99,7 @@ def test_a_skipped_step_rounds_nothing(ranks2: Ranks) -> None:
     assert_equal(ranks, engine.given_alone(STATE, dtype=torch.float16, overflow_at=storm))
 
 
+@deepspeed_has_bf16_masters
 @pytest.mark.parametrize(
     ("flags", "options", "message"),
     [
@@ -119,6 +124,7 @@ def test_nvme_is_refused(ranks2: Ranks) -> None:
         ranks2.run(engine.given, config, {**STATE, "sync": "delayed"})
 
 
+@deepspeed_has_bf16_masters
 def test_a_threshold_with_clipped_bf16_gradients_is_refused(ranks2: Ranks) -> None:
     with pytest.raises(RankError, match=r"threshold=0\.1 and gradient_clipping=1\.0: .*set threshold or"):
         ranks2.run(engine.given, {**bf16(2), "gradient_clipping": 1.0}, {**STATE, "threshold": 0.1})

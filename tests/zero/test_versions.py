@@ -15,6 +15,7 @@ from alphaadam_dist import torch_versions
 from alphaadam_dist.torch_versions import numbers
 from alphaadam_dist.zero import internals, older, versions
 from tests import corners
+from tests.older import deepspeed_has_bf16_masters
 
 ROOT = Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -80,6 +81,7 @@ def test_so_is_torch(deepspeed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     assert len(heard) == warned
 
 
+@deepspeed_has_bf16_masters
 def test_a_name_may_be_lacking_only_before_it_came(deepspeed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table lets a name go by the version, never because it is not there."""
     for name in older.SINCE:

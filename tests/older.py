@@ -1,7 +1,8 @@
-"""What tests ask of torch that older ones have not, or have otherwise."""
+"""What tests ask of torch and DeepSpeed that older ones have not, or have otherwise."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 from collections.abc import Sequence
 
@@ -21,14 +22,23 @@ LACKS = {
     "FSDP+TP sharding does not support uneven sharding": "shards nothing of uneven size by FSDP2 and TP together",
     "'Stream' object has no attribute 'record_event'": "runs no forward under FSDP2 on a CPU",
     "addcdiv_(): argument 'value' must be Number, not Tensor": "takes no tensor for AdamW's rate",
+    "Moving buffers across devices is supported only for ZeRO stage 3": "with DeepSpeed 0.15 moves no states of ZeRO-2",
+    "Offloading is supported only for DeepSpeed FusedAdam": "with DeepSpeed 0.15 moves no parameters alone",
+    "at stage 0: DeepSpeed has made its partitions": "with DeepSpeed 0.15 has the wrapper of stage 1 at 0",
+    "'BF16_Optimizer' object has no attribute 'fp16_groups'": "with DeepSpeed 0.15 has the wrapper of stage 1 at 0",
 }
-"""What torch 2.6 itself cannot do, by what it says. The tests that ask for it are skipped there."""
+"""What the oldest corner itself cannot do, by what it says. The tests that ask for it are skipped there."""
 
 before_2_7 = pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not do this, with AdamW neither")
 
 
+deepspeed_has_bf16_masters = pytest.mark.skipif(
+    numbers(importlib.metadata.version("deepspeed")) < (0, 18, 3), reason="this DeepSpeed has fp32 masters only"
+)
+
+
 def lacks(error: BaseException) -> str | None:
-    """Why a test cannot run on this torch; None where the error is no fault of torch."""
+    """Why a test cannot run in the oldest corner; None where the error is no fault of torch or DeepSpeed."""
     found = [reason for said, reason in LACKS.items() if said in str(error)]
     return f"torch 2.6 {found[0]}" if found and TORCH < (2, 7) else None
 
