@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 import torch
 import typer
+from rich.progress import track
 
 from . import tasks
 from .__main__ import RESULTS, RUNS, machine
@@ -27,7 +28,8 @@ from .variants import PRECISIONS, Variant
 
 RATES = {"gpt": 4e-3, "llama": 8e-3, "finetune": 4e-3}
 """The best of AlphaAdam in fp32, benchmarks/results/2026-11-24-convergence.md."""
-LENGTHS = (1, 4)
+LENGTHS: dict[int, tuple[str, ...]] = {1: tuple(RATES), 4: ("gpt",)}
+"""The tasks at each multiple of their own steps."""
 
 
 def main() -> None:
@@ -35,9 +37,13 @@ def main() -> None:
     start_process()
     tasks.pretrain(tasks.SMALL)
     runner = Runner(tasks.SMALL, results_file(tasks.SMALL, RUNS), workers=2)
-    jobs = [job for length in LENGTHS for task in RATES for variant in PRECISIONS for job in of(task, variant, length)]
-    for i, _ in enumerate(runner.results(jobs), start=1):
-        print(f"\r{i} of {len(jobs)} runs", end="", flush=True)
+    jobs = [
+        job
+        for length, names in LENGTHS.items() for task in names for variant in PRECISIONS
+        for job in of(task, variant, length)
+    ]  # fmt: skip
+    for _ in track(runner.results(jobs), "precisions", total=len(jobs)):
+        pass
     runner.close()
     date = datetime.date.today().isoformat()
     stem = RESULTS / f"{date}-precision"
@@ -45,7 +51,7 @@ def main() -> None:
     stem.with_suffix(".md").write_text("\n".join([*report(runner, head), ""]))
     runs = [asdict(runner.done[job]) for job in jobs]
     stem.with_suffix(".json").write_text(json.dumps({"date": date, "machine": machine(), "runs": runs}) + "\n")
-    print(f"\nwrote {stem.with_suffix('.md')}")
+    print(f"wrote {stem.with_suffix('.md')}")
 
 
 def of(task: str, variant: Variant, length: int) -> list[Job]:
@@ -64,17 +70,17 @@ def report(runner: Runner, head: str) -> list[str]:
         f"Held-out loss of {len(SEEDS)} seeds; the fp32 rows have the loss, the others their difference to the fp32 "
         "row above. **Bold**: the 95 % interval of the paired difference leaves 0 out. Negative is better.",
     ]
-    for length in LENGTHS:
+    for length, names in LENGTHS.items():
         rows = []
         for variant in PRECISIONS:
-            own = {task: [runner.done[job].final for job in of(task, variant, length)] for task in RATES}
+            own = {task: [runner.done[job].final for job in of(task, variant, length)] for task in names}
             if variant.name.startswith("fp32"):
                 base = own
                 rows.append([variant.name, *(f"{statistics.fmean(losses):.3f}" for losses in own.values())])
             else:
-                rows.append([variant.name, *(show(paired(own[task], base[task])) for task in RATES)])
+                rows.append([variant.name, *(show(paired(own[task], base[task])) for task in names)])
         lines += ["", f"## {length} times the steps" if length > 1 else "## The tasks' own steps", ""]
-        lines += table(["", *(titles[task] for task in RATES)], rows)
+        lines += table(["", *(titles[task] for task in names)], rows)
     return lines
 
 

@@ -294,7 +294,7 @@ def test_precisions_are_compared_with_fp32_of_the_same_beta2(
     scale: tasks.Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "RATES", {"llama": 2e-3})
-    monkeypatch.setattr(precision, "LENGTHS", (1,))
+    monkeypatch.setattr(precision, "LENGTHS", {1: ("llama",)})
     monkeypatch.setattr(precision, "SEEDS", (1, 2))
     runner = Runner(scale, tmp_path / "runs.jsonl", workers=1)
     runner.pool = ThreadPoolExecutor(1)
