@@ -90,9 +90,9 @@ def everything_counts_twice(patch: pytest.MonkeyPatch) -> None:
 def a_collective_more(patch: pytest.MonkeyPatch) -> None:
     update = step.Step.update
 
-    def with_barrier(self: Any) -> None:
+    def with_barrier(self: Any, *args: Any, **kwargs: Any) -> None:
         dist.all_reduce(torch.zeros(1))
-        update(self)
+        update(self, *args, **kwargs)
 
     patch.setattr(step.Step, "update", with_barrier)
 
