@@ -394,17 +394,17 @@ def test_dcp_keeps_it_and_what_it_lacks_stays(tmp_path: Path) -> None:
     model, optimizer = made()
     train(optimizer, model, 3)
     state = in_dcp(model, optimizer)
-    dcp.save(state, checkpoint_id=tmp_path / "new", no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "new")
     for group in state["optimizer"]["param_groups"]:
         del group["lr_scale"]
-    dcp.save(state, checkpoint_id=tmp_path / "old", no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "old")
 
     others = [{**entry, "lr_scale": 7.0} for entry in ENTRIES]
     for name, scales in (("new", [1.0, 4.0, 0.3]), ("old", [1.0, 7.0, 7.0])):
         model, optimizer = made(entries=others)
         state = in_dcp(model, optimizer)
         planner = dcp.DefaultLoadPlanner(allow_partial_load=name == "old")
-        dcp.load(state, checkpoint_id=tmp_path / name, planner=planner, no_dist=True)
+        dcp.load(state, checkpoint_id=tmp_path / name, planner=planner)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         assert [group["lr_scale"] for group in optimizer.param_groups] == scales
         assert float(optimizer.state[model.norm]["step"]) == 3

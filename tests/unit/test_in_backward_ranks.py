@@ -158,7 +158,7 @@ def test_on_one_rank(ranks1: Ranks, kind: str) -> None:
 def offloaded() -> dict[str, Any]:
     """As on a GPU, where gradients are on their way to the CPU when the hooks are called: all wait for the end."""
     model, _ = made("fsdp2", {})
-    with mock.patch.object(DeviceMesh, "device_type", property(lambda _: "cuda")):
+    with mock.patch.object(DeviceMesh, "device_type", property(lambda _: "cuda"), create=True):
         assert all(map(in_backward._offloaded, model.parameters()))
     assert not any(map(in_backward._offloaded, model.parameters()))
     with mock.patch.object(in_backward, "_offloaded", return_value=True):
