@@ -162,14 +162,14 @@ def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: 
     def count_then_leave_scaled(which: Any, total_norm: Tensor | None) -> Any:
         """Leave to the update the product that DeepSpeed would write, which saves a pass over the gradients."""
         nonlocal factor
+        if opened is None:
+            return unscale(which, total_norm)
         scale = internals.unscale_factor(zero, total_norm)
-        if opened is not None and opened.may("count"):
+        if opened.may("count"):
             opened.count(wrapper.gradients(), scale if options.threshold > 0 else None)
-        if opened is not None and internals.unscales_in_fp32(zero, which):
-            factor = scale
-            return None
-        factor = None  # DeepSpeed rounds its product to 16 bits, and so it stays
-        return unscale(which, total_norm)
+        # a product that is not fp32 is rounded to 16 bits by DeepSpeed, and so it stays
+        factor = scale if internals.unscales_in_fp32(zero, which) else None
+        return unscale(which, total_norm) if factor is None else None
 
     def update_part() -> None:
         if opened is None or not opened.may("update"):
