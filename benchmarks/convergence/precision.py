@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import statistics
-from dataclasses import asdict
 
 import torch
 import typer
@@ -21,7 +20,7 @@ from . import tasks
 from .__main__ import RESULTS, RUNS, machine
 from .analysis import paired
 from .protocol import SEEDS
-from .report import show, table
+from .report import entry, show, table
 from .runner import Runner, results_file, start_process
 from .runs import Job
 from .variants import PRECISIONS, Variant
@@ -45,12 +44,12 @@ def main() -> None:
     for _ in track(runner.results(jobs), "precisions", total=len(jobs)):
         pass
     runner.close()
-    date = datetime.date.today().isoformat()
+    date, where = datetime.date.today().isoformat(), machine()
     stem = RESULTS / f"{date}-precision"
-    head = f"{date}, {machine()}, torch {torch.__version__}; `python -m benchmarks.convergence.precision`."
+    head = f"{date}, {where}, torch {torch.__version__}; `python -m benchmarks.convergence.precision`."
     stem.with_suffix(".md").write_text("\n".join([*report(runner, head), ""]))
-    runs = [asdict(runner.done[job]) for job in jobs]
-    stem.with_suffix(".json").write_text(json.dumps({"date": date, "machine": machine(), "runs": runs}) + "\n")
+    runs = [entry(runner.done[job]) for job in jobs]
+    stem.with_suffix(".json").write_text(json.dumps({"date": date, "machine": where, "runs": runs}) + "\n")
     print(f"wrote {stem.with_suffix('.md')}")
 
 

@@ -71,7 +71,7 @@ def write(stem: Path, scale: Scale, study: Study, times: Times, machine: str, da
                 "torch": torch.__version__,
                 "scale": asdict(scale),
                 "step_milliseconds": times,
-                "runs": [_entry(result) for result in study.done.values()],
+                "runs": [entry(result) for result in study.done.values()],
             }
         )
         + "\n"
@@ -209,6 +209,7 @@ def _counterexample(study: Study, task: Task) -> list[str]:
     return [caption, "", *table(["", *(f"{rate:g}" for rate in task.rates)], rows)]
 
 
-def _entry(result: Result) -> dict[str, object]:
+def entry(result: Result) -> dict[str, object]:
+    """A run as the JSON has it: losses to five digits, None where it diverged."""
     curve = [[step, round(loss, 5) if math.isfinite(loss) else None] for step, loss in result.curve]
     return {**asdict(result), "curve": curve}
