@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
@@ -171,7 +172,7 @@ class Training:
 
         return torch.bfloat16 if self.bf16_parameters else weights_dtype(arguments)
 
-    @property
+    @cached_property
     def groups(self) -> list[dict[str, Any]] | None:
         """The entries in --groups."""
         from alphaadam_dist.groups import read_file
