@@ -29,7 +29,10 @@ LACKS = {
 }
 """What the oldest corner itself cannot do, by what it says. The tests that ask for it are skipped there."""
 
-before_2_7 = pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not do this, with AdamW neither")
+
+def before_2_7(reason: str) -> pytest.MarkDecorator:
+    """Skip a test on torch 2.6, with what is otherwise there."""
+    return pytest.mark.skipif(TORCH < (2, 7), reason=f"torch 2.6 {reason}")
 
 
 deepspeed_has_bf16_masters = pytest.mark.skipif(

@@ -189,7 +189,7 @@ def test_replicas_of_other_seeds_are_refused() -> None:
     assert "never made equal (other seeds?)" in messages[0]
 
 
-@before_2_7
+@before_2_7("makes DTensors of what rank 0 has, so the gradients of this test would be equal")
 def test_replicas_whose_gradients_were_not_averaged_are_told(said: dict[int, list[str]]) -> None:
     threads.run(4, replicas_of_other_gradients)
     assert set(said) == {0, 1, 2, 3}

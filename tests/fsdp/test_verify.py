@@ -242,7 +242,7 @@ def slow(*values: str) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@before_2_7
+@before_2_7("runs no forward under FSDP2 on a CPU, and verify reports that as a failed row")
 @pytest.mark.parametrize(
     ("fault", "seen_by", "not_by", "problem"),
     [
@@ -301,7 +301,7 @@ def test_the_model_is_one_for_fast_kernels() -> None:
     assert sum(param.numel() for param in run.llama(CPU).parameters()) >= kernels.SMALL
 
 
-@before_2_7
+@before_2_7("runs no forward under FSDP2 on a CPU, and verify reports that as a failed row")
 def test_without_fast_kernels_all_rows_are_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(fused: bool | None, device: torch.device, elements: int) -> Any:
         if fused:

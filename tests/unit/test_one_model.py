@@ -140,7 +140,7 @@ def test_a_whole_models_step_inside_a_backward_is_refused_and_changes_nothing() 
     assert optimizer.metrics()["steps"] == 1
 
 
-@before_2_7
+@before_2_7("calls hooks under compiled autograd where a step is not refused: docs/versions.md says so")
 def test_compiled_autograd_is_a_backward_too() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = AlphaAdam([param])
