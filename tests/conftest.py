@@ -17,11 +17,18 @@ from . import older
 from .ranks import Ranks
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What pytest-xdist must not tear apart: all tests over pools of ranks, which are started once; else each file."""
     for item in items:
         pooled = any(name in ("ranks1", "ranks2", "ranks3", "ranks4") for name in getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("ranks" if pooled else item.path.stem))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that pytest-xdist does not see would start every pool twice, and share it with tests of any order."""
+    if getattr(session.config.option, "loadgroup", False):
+        assert all("@" in item.nodeid for item in session.items), "pytest-xdist did not take the groups over"
 
 
 @pytest.hookimpl(wrapper=True)
