@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import is_
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,16 @@ class HeldShard(Shard):
     holders: int
 
 
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Parameters of one list, cut into segments: which in ``params`` each is ``of``, and whether all are ``whole``."""
+
+    params: tuple[Tensor, ...]
+    segments: tuple[Segment, ...]
+    of: tuple[int, ...]
+    whole: bool
+
+
 @dataclass
 class Layout:
     """Where every element counts.
@@ -100,11 +111,22 @@ class Layout:
     left_out: tuple[Tensor, ...] = ()
     _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _keys_of_bits: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    _cuts: dict[Tensor, Cut] = field(default_factory=dict, repr=False)
 
     @cached_property
     def several_devices(self) -> bool:
         """This rank's parameters lie on more than one device."""
         return len({param.device for param in self.params}) > 1
+
+    def cut_of(self, params: Sequence[Tensor]) -> Cut:
+        """How these parameters, one or more, are cut. Kept under the first of them: most steps ask for the same."""
+        held = self._cuts.get(params[0])
+        if held is None or len(held.params) != len(params) or not all(map(is_, held.params, params)):
+            pairs = [(segment, i) for i, param in enumerate(params) for segment in self.segments[param]]
+            segments = tuple(segment for segment, _ in pairs)
+            whole = len(segments) == len(params) and all(segment.whole for segment in segments)
+            held = self._cuts[params[0]] = Cut(tuple(params), segments, tuple(i for _, i in pairs), whole)
+        return held
 
     def indices(self, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
         """The row (int64) and whether this rank owns it (float64, 0 or 1) of n segments, each (n,) on the device."""

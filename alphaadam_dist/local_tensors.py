@@ -1,18 +1,20 @@
 """What this rank holds of a parameter group, as the kernels take it: lists of local tensors, one for each segment.
 
 DTensors are unwrapped here, once a step: an operation on a DTensor costs ten times one on its local tensor. A list is
-of one device: where a model lies on several, there are lists for each.
+of one device: where a model lies on several, there are lists for each. Nothing is kept from step to step but which
+segments a list has: gradients are new in each, and states may have been moved or replaced in between.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import Layout, Segment
-from .shards import cut
+from .layout import Cut, Layout, Segment
+from .shards import cut as cut_runs
 from .tensors import is_dtensor, local
 
 Owned = tuple[Segment, Tensor, Tensor]
@@ -21,25 +23,39 @@ Owned = tuple[Segment, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LocalTensors:
-    """The segments of the parameters that have a gradient, one or more. ``moments`` is a list for each state tensor."""
+    """The segments of the parameters that have a gradient, one or more.
 
-    segments: tuple[Segment, ...]
+    Attributes:
+        cut: how the parameters are cut into segments.
+        params, grads: a tensor for each segment.
+        moments: such a list for each state tensor.
+        states: of the parameters.
+    """
+
+    cut: Cut
     params: list[Tensor]
     grads: list[Tensor]
     moments: list[list[Tensor]]
     states: list[dict[str, Any]]
 
-    def advance_steps(self, capturable: bool) -> list[float] | Tensor:
-        """Count an update of every parameter; t of each segment, on its device if ``capturable``."""
-        own = list({id(state): state for state in self.states}.values())
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """In the order of the lists."""
+        return self.cut.segments
+
+    def advance_steps(self, kernels: ModuleType, capturable: bool) -> list[float] | Tensor:
+        """Count an update of every parameter in place; t of each segment, on its device if ``capturable``."""
+        steps = [state["step"] for state in self.states]
+        pairs = zip(self.segments, self.cut.of, strict=True)
         if capturable:
-            torch._foreach_add_([state["step"] for state in own], 1.0)
-            counted = zip(self.states, self.segments, strict=True)
-            return torch.stack([s["step"] - segment.late if segment.late else s["step"] for s, segment in counted])
-        # new tensors: checkpoints may have made parameters share one
-        for state, step in zip(own, torch._foreach_add([state["step"] for state in own], 1.0), strict=True):
-            state["step"] = step
-        return [state["step"].item() - segment.late for state, segment in zip(self.states, self.segments, strict=True)]
+            torch._foreach_add_(steps, 1.0)
+            return torch.stack([steps[i] - segment.late if segment.late else steps[i] for segment, i in pairs])
+        if len({id(step) for step in steps}) < len(steps):  # somebody has made parameters share one
+            for state in self.states:
+                state["step"] = state["step"].clone()
+            steps = [state["step"] for state in self.states]
+        counted: list[float] = kernels.advance(steps)
+        return [counted[i] - segment.late for segment, i in pairs]
 
     def owned(self) -> list[Owned]:
         """What this rank counts of it."""
@@ -48,39 +64,61 @@ class LocalTensors:
 
 
 def local_tensors(
-    params: Sequence[Tensor], layout: Layout, moments: Sequence[str], state_of: Callable[[Tensor], dict[str, Any]]
+    params: Sequence[Tensor],
+    layout: Layout,
+    states: Mapping[Tensor, dict[str, Any]],
+    moments: Sequence[str],
+    make_state: Callable[[Tensor], None],
 ) -> list[LocalTensors]:
     """The local tensors of these parameters that have a gradient, cut into their segments, for each device.
+
+    Args:
+        states: of the parameters; where a moment is missing ``make_state`` makes it.
 
     Raises ValueError where a gradient is sparse.
     """
     on_device: dict[torch.device | None, list[Tensor]] = {}
     for param in params if layout.several_devices else ():
         on_device.setdefault(param.device, []).append(param)
-    held = [_of_one_device(some, layout, moments, state_of) for some in on_device.values() or [params]]
+    held = [_of_one_device(some, layout, states, moments, make_state) for some in on_device.values() or [params]]
     return [part for part in held if part is not None]
 
 
 def _of_one_device(
-    params: Sequence[Tensor], layout: Layout, moments: Sequence[str], state_of: Callable[[Tensor], dict[str, Any]]
+    params: Sequence[Tensor],
+    layout: Layout,
+    states: Mapping[Tensor, dict[str, Any]],
+    moments: Sequence[str],
+    make_state: Callable[[Tensor], None],
 ) -> LocalTensors | None:
-    segments: list[Segment] = []
-    states: list[dict[str, Any]] = []
-    lists: list[list[Tensor]] = [[] for _ in range(2 + len(moments))]
+    having: list[Tensor] = []
+    grads: list[Tensor] = []
     for param in params:
         grad = gradient(param)
         if grad is None:
             continue
         if grad.layout is not torch.strided:
             raise ValueError(f"sparse gradients ({grad.layout}) are not taken: build the embedding with sparse=False")
-        state = state_of(param)
-        tensors = [local(param), grad, *[local(state[name]) for name in moments]]
-        for segment in layout.segments[param]:
-            segments.append(segment)
-            states.append(state)
-            for into, tensor in zip(lists, tensors, strict=True):
-                into.append(tensor if segment.whole else tensor.view(-1)[segment.start : segment.start + segment.numel])
-    return LocalTensors(tuple(segments), lists[0], lists[1], lists[2:], states) if segments else None
+        having.append(param)
+        grads.append(grad)
+    if not having:
+        return None
+    own = [states[param] for param in having]
+    for param, state in zip(having, own, strict=True):
+        if moments[0] not in state:  # DeepSpeed leaves empty dicts behind, trainers keys of their own
+            make_state(param)
+    cut = layout.cut_of(having)
+    held = [[local(param) for param in having], *([local(state[name]) for state in own] for name in moments)]
+    of_params, *of_moments = [_segments(cut, tensors) for tensors in held]
+    return LocalTensors(cut, of_params, _segments(cut, grads), of_moments, own)
+
+
+def _segments(cut: Cut, tensors: list[Tensor]) -> list[Tensor]:
+    """The segments of whole local tensors, one a parameter: views, or of a gradient in another order a copy."""
+    if cut.whole:
+        return tensors
+    pairs = zip(cut.segments, cut.of, strict=True)
+    return [tensors[i] if s.whole else tensors[i].reshape(-1)[s.start : s.start + s.numel] for s, i in pairs]
 
 
 def gradient(param: Tensor) -> Tensor | None:
@@ -101,7 +139,7 @@ def owned_of_flat(segments: Sequence[Segment], pieces: Sequence[Tensor], momentu
         return [(segments[0], grad, momentum.view(grad.shape))] if segments[0].owned else []
     flat = momentum.view(-1)
     runs = [(segment.start, segment.numel, segment) for segment in segments if segment.owned]
-    return [(segment, grad, flat[start : start + grad.numel()]) for segment, start, grad in cut(pieces, runs)]
+    return [(segment, grad, flat[start : start + grad.numel()]) for segment, start, grad in cut_runs(pieces, runs)]
 
 
 def by_device(owned: Sequence[Owned], layout: Layout) -> list[tuple[tuple[Segment, ...], list[Tensor], list[Tensor]]]:

@@ -83,6 +83,10 @@ class Rounding:
         each = zip(self.keys, self.positions, strict=True)
         return [self.n, *(x for key, at in each for x in (_signed(key), at.start, at.inner, at.stride))]
 
+    def of(self, i: int) -> "Rounding":
+        """How tensor i is rounded."""
+        return Rounding(self.n, [self.keys[i]], [self.positions[i]])
+
 
 def _signed(key: int) -> int:
     return key - 2**64 if key >= 2**63 else key

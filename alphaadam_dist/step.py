@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import consistency, options, parameters, rounding, rule
 from .kernels import consensus
-from .kernels.reference import squared_norms
 from .layout import Layout, Segment
 from .local_tensors import LocalTensors, Owned, by_device, local_tensors, owned_of_flat
 from .persistence import Persistent
@@ -89,14 +88,15 @@ class Step:
                 owned += held.owned()
         else:
             for param, tensors in gradients:
-                momentum = local(self._state(param)[self._optimizer.moments[0]])
+                self._make_state(param)
+                momentum = local(self._optimizer.state[param][self._optimizer.moments[0]])
                 owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
         threshold, clip = self._options.threshold, self._options.clip_norm is not None
         wide = self._options.state_dtype is not None
         lists = by_device(owned, self._layout)
         if clip and threshold > 0:
             for segments, grads, momenta in lists:
-                self._statistics.add_norms(segments, squared_norms(grads, momenta, wide=wide))
+                self._statistics.add_norms(segments, self._kernels(grads).squared_norms(grads, momenta, wide=wide))
             self._statistics.reduce_norm()
             scale = self._statistics.clip_coefficient()
         for segments, grads, momenta in lists:
@@ -132,7 +132,8 @@ class Step:
         clip = self._statistics.clip_coefficient()
         scale = self._directed(clip if scale is None else scale)
         for group, part in held:
-            counts = self._kernels(part.params).update(
+            kernels = self._kernels(part.params)
+            counts = kernels.update(
                 optimizer.direction,
                 part.params,
                 part.grads,
@@ -141,7 +142,7 @@ class Step:
                 threshold=self._options.threshold,
                 scale=scale,
                 counting=delayed,
-                steps=part.advance_steps(self._options.capturable) if optimizer.counts_steps else None,
+                steps=part.advance_steps(kernels, self._options.capturable) if optimizer.counts_steps else None,
                 hyperparameters=self._hyperparameters(group),
                 rounding=self._rounding(part.segments),
             )
@@ -176,7 +177,9 @@ class Step:
         return [
             (group, held)
             for group, params in parts
-            for held in local_tensors(params, self._layout, self._optimizer.moments, self._state)
+            for held in local_tensors(
+                params, self._layout, self._optimizer.state, self._optimizer.moments, self._make_state
+            )
         ]
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -201,16 +204,16 @@ class Step:
         """Those for the device of these tensors, of which there is one or more."""
         return consensus.choose(self._options, self._layout, tensors[0].device)
 
-    def _state(self, param: Tensor) -> dict[str, Any]:
-        """The parameter's state, created as torch's optimizers create it where there is none."""
+    def _make_state(self, param: Tensor) -> None:
+        """Make the parameter's state as torch's optimizers make it, where there is none."""
         optimizer = self._optimizer
         state: dict[str, Any] = optimizer.state[param]
-        if optimizer.moments[0] not in state:  # DeepSpeed leaves empty dicts behind, trainers keys of their own
-            if optimizer.counts_steps:
-                device = param.device if self._options.capturable else torch.device("cpu")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            like = param if is_dtensor(param) else local(param)
-            dtype = rounding.STATE_DTYPES.get(self._options.state_dtype or "")
-            for name in optimizer.moments:
-                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format, dtype=dtype)
-        return state
+        if optimizer.moments[0] in state:
+            return
+        if optimizer.counts_steps:
+            device = param.device if self._options.capturable else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        like = param if is_dtensor(param) else local(param)
+        dtype = rounding.STATE_DTYPES.get(self._options.state_dtype or "")
+        for name in optimizer.moments:
+            state[name] = torch.zeros_like(like, memory_format=torch.preserve_format, dtype=dtype)

@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "cost.cpp"), Path(folder, "cost")
         source.write_text(PROGRAM)
-        flags = [*build.FLAGS, *build.MACHINE_FLAGS, f"-I{build.HEADER.parent}"]
+        flags = [*build.FLAGS, *build.MACHINE_FLAGS, f"-I{build.SOURCE.parent}"]
         subprocess.run(["c++", *flags, str(source), "-o", str(program)], check=True)
         contestants = optimizers()
         for _ in range(ROUNDS):

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from . import cpu, reference
 
@@ -41,6 +42,20 @@ def choose(fused: bool | None, device: torch.device, elements: int) -> ModuleTyp
     if fused:
         raise ValueError(f"fused=True, but {problem}. Or leave fused=None to go on with the reference kernels")
     return reference
+
+
+def unserved(param: Tensor, state_dtype: str | None) -> str | None:
+    """What of a local parameter keeps it from the fast kernels, and the way out; None where they take it."""
+    if not torch.ops.aten.is_non_overlapping_and_dense(param):
+        return f"has strides {tuple(param.stride())}, with gaps in its memory: give the module param.contiguous()"
+    if state_dtype is None and param.dtype not in cpu.DTYPES:
+        return f"has dtype {param.dtype}, and they take it in fp32 and fp64: convert it, or give state_dtype='bfloat16'"
+    if state_dtype is not None and not param.is_contiguous():
+        return (
+            f"has strides {tuple(param.stride())}, and with state_dtype={state_dtype!r} they take memory in the order "
+            "of the elements: give the module param.contiguous()"
+        )
+    return None
 
 
 @functools.cache

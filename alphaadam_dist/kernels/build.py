@@ -24,7 +24,7 @@ from ..paths import cache_dir
 from ..torch_versions import compiler_flags
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEADER = Path(__file__).with_name("rounding.h")
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 DIGEST = hashlib.sha256().digest_size
 MACHINE_FLAGS = ["-march=native", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
@@ -61,7 +61,7 @@ def library(machine_flags: list[str]) -> Path:
     flags = FLAGS + machine_flags + compiler_flags()
     compiler = os.environ.get("CXX", "").strip() or "c++"
     try:
-        parts = SOURCE.read_bytes(), HEADER.read_bytes(), torch.__version__, compiler, _processor(), flags
+        parts = [path.read_bytes() for path in (SOURCE, *HEADERS)], torch.__version__, compiler, _processor(), flags
         found = folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
         folder.mkdir(mode=0o755, exist_ok=True)
         for holder in (folder.parent, folder):

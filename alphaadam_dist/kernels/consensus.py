@@ -19,6 +19,7 @@ from .. import kernels
 from ..handshake import first_to_say, stop_together
 from ..layout import Layout, statistics_device
 from ..options import FamilyOptions
+from ..tensors import local
 
 SAID = "alphaadam/no fast kernels"
 WHAT = "which kernels can all ranks have?"
@@ -43,19 +44,22 @@ def settle(layout: Layout, options: FamilyOptions, replicas: dist.ProcessGroup |
         replicas: a group to ask where the layout has none, if every rank of it calls this.
 
     Raises:
-        ValueError: on all ranks of the group, where one has ``fused=True`` and no fast kernels.
+        ValueError: on all ranks of the group, where one has ``fused=True`` and no fast kernels, or a parameter that
+            they do not take.
     """
     option = fused(options)
     lack = _lack(option, layout.params, layout.numel)
+    refused = _refusal(options, layout, lack) if option else None
     group = layout.group or replicas
     told = None
     if group is None:
+        if refused:
+            raise ValueError(refused)
         if option is None and layout.numel >= kernels.SMALL and _several():
             told = _said()
     else:
         device = layout.device if layout.group is not None else statistics_device(layout.params, group)
-        refused = f"fused=True, but {lack}. Or leave fused=None to go on with the reference kernels"
-        stop_together(refused if option and lack else None, group, device, WHAT)
+        stop_together(refused, group, device, WHAT)
         told = first_to_say("it was built with fused=False" if option is False else lack, group, device, WHAT)
     layout.reference = told is not None and option is None and layout.numel >= kernels.SMALL
     if layout.reference and told is not None and lack is None:
@@ -82,6 +86,22 @@ def say(options: FamilyOptions, params: Sequence[Tensor]) -> None:
     if lack is not None and _said() is None:
         with contextlib.suppress(RuntimeError, AttributeError):  # as in _said
             dist.distributed_c10d._get_default_store().set(SAID, f"{dist.get_rank()} {lack}")
+
+
+def _refusal(options: FamilyOptions, layout: Layout, lack: str | None) -> str | None:
+    """Why ``fused=True`` cannot be kept to on this rank, and the way out; None where it can."""
+    if lack is not None:
+        return f"fused=True, but {lack}. Or leave fused=None to go on with the reference kernels"
+    option = "capturable=True" if options.capturable else "fused=True"
+    for shard in layout.shards:
+        why = kernels.unserved(local(shard.param), options.state_dtype)
+        if why is not None:
+            leave = "capturable=False" if options.capturable else "fused=None"
+            return (
+                f"{option}, but parameter {shard.key!r} {why}. Or leave {leave}: it alone then goes to the reference "
+                "kernels"
+            )
+    return None
 
 
 def _said() -> tuple[int, str] | None:

@@ -5,107 +5,19 @@
 // vector body and the scalar tail that the compiler makes of a loop give the same bits. Counts are integers. Squared
 // norms are summed over fixed chunks in a fixed order.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <cstring>
-#include <initializer_list>
-#include <type_traits>
+#include <tuple>
 #include <utility>
-#include <vector>
 
+#include "lists.h"
 #include "rounding.h"
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-
-constexpr int64_t kChunk = 1 << 18;    // elements a thread takes at a time: long runs, for the memory prefetcher
-constexpr int64_t kBlock = 1 << 10;    // of them, those converted from 16 bits at a time
-constexpr int64_t kAlone = 1 << 15;    // elements that one thread does faster than several
-constexpr int kLanes = 16;             // partial sums of a norm
-
-struct Chunk {
-  int64_t tensor, begin, size;
-};
-
-std::vector<Chunk> chunks_of(TensorList tensors) {
-  std::vector<Chunk> chunks;
-  for (size_t i = 0; i < tensors.size(); ++i)
-    for (int64_t begin = 0, numel = tensors[i].numel(); begin < numel; begin += kChunk)
-      chunks.push_back({static_cast<int64_t>(i), begin, std::min(kChunk, numel - begin)});
-  return chunks;
-}
-
-// body(index, chunk) for every chunk, on torch's threads.
-template <typename Body>
-void for_each(TensorList tensors, const std::vector<Chunk>& chunks, const Body& body) {
-  int64_t elements = 0;
-  for (const Tensor& tensor : tensors) elements += tensor.numel();
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  at::parallel_for(0, count, elements <= kAlone ? count : 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i, chunks[i]);
-  });
-}
-
-void widen(const at::BFloat16* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i].x) << 16;
-    std::memcpy(to + i, &bits, sizeof bits);
-  }
-}
-
-void widen(const at::Half* from, float* to, int64_t n) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-#endif
-  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-template <typename G, typename T>
-void widen(const G* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
-}
-
-// body(offset, gradient in T, n) over a chunk, in blocks where the gradient is converted.
-template <typename T, typename G, typename Body>
-void with_gradient(const Tensor& grad, const Chunk& chunk, const Body& body) {
-  const G* g = grad.const_data_ptr<G>() + chunk.begin;
-  if constexpr (std::is_same_v<G, T>) {
-    body(chunk.begin, g, chunk.size);
-  } else {
-    T block[kBlock];
-    for (int64_t at = 0; at < chunk.size; at += kBlock) {
-      const int64_t n = std::min(kBlock, chunk.size - at);
-      widen(g + at, block, n);
-      body(chunk.begin + at, static_cast<const T*>(block), n);
-    }
-  }
-}
-
-// body.template operator()<T, G>() for the type that is computed in and the gradient's. In fp32 where a moment is bf16.
-template <typename Body>
-void typed(const Tensor& moment, const Tensor& grad, const Body& body) {
-  const auto with_grad = [&](auto zero) {
-    using T = decltype(zero);
-    switch (grad.scalar_type()) {
-      case at::kFloat: return body.template operator()<T, float>();
-      case at::kDouble: return body.template operator()<T, double>();
-      case at::kBFloat16: return body.template operator()<T, at::BFloat16>();
-      default: return body.template operator()<T, at::Half>();
-    }
-  };
-  moment.scalar_type() == at::kDouble ? with_grad(double()) : with_grad(float());
-}
+constexpr int kLanes = 16;  // partial sums of a norm
 
 // ---- the rule, one coordinate at a time
 
@@ -332,35 +244,10 @@ Counts sweep_rounded(const Tensor& param, const Tensor& grad, const Tensor& firs
   return counts;
 }
 
-// ---- the operators: each returns counts without rows, having done nothing, where it does not serve the tensors
+// ---- the operators: each returns the indices of the tensors that it cannot read, whose rows are 0: it left them alone
 
-// Can the passes read lists of one length as flat memory? The gradients come first, then what is of the state's own
-// dtype, or with `wide` moments in bf16 and parameters in that or fp32. Asked here and not by the caller: handing 300
-// small tensors over from Python takes longer than updating them.
-bool serves(std::initializer_list<TensorList> lists, bool wide) {
-  const TensorList grads = *lists.begin();
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const Tensor& grad = grads[i];
-    const auto type = grad.scalar_type(), own = lists.begin()[1][i].scalar_type();
-    if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return false;
-    if (own != at::kFloat && own != (wide ? at::kBFloat16 : at::kDouble)) return false;
-    for (const TensorList list : lists) {
-      if (list.empty()) continue;
-      const Tensor& tensor = list[i];
-      if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != grad.numel()) return false;
-      if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) return false;  // a subclass without memory of its own
-      if (wide && !(tensor.is_contiguous() && grad.is_contiguous())) return false;
-      const bool moment = list.data() != grads.data() && (list.data() != lists.begin()[1].data() || lists.size() == 2);
-      if (list.data() != grads.data() && tensor.scalar_type() != (wide && moment ? at::kBFloat16 : own)) return false;
-      if (!(tensor.is_contiguous() && grad.is_contiguous()) &&
-          !(tensor.is_non_overlapping_and_dense() && tensor.strides() == grad.strides()))
-        return false;
-    }
-  }
-  return true;
-}
-
-Tensor not_served() { return at::zeros({0, 2}, at::kLong); }
+using Odd = std::vector<int64_t>;
+using Updated = std::tuple<Tensor, Odd>;
 
 Tensor sum_by_tensor(const std::vector<Chunk>& chunks, const std::vector<Counts>& counted, size_t tensors) {
   Tensor counts = at::zeros({static_cast<int64_t>(tensors), 2}, at::kLong);
@@ -373,10 +260,10 @@ Tensor sum_by_tensor(const std::vector<Chunk>& chunks, const std::vector<Counts>
 }
 
 // Counts, int64 (n, 2): agree and conflict; squared norms of the gradients as they are, float64 (n), or none.
-std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms,
-                                 bool wide) {
-  if (!serves({grads, moments}, wide)) return {not_served(), at::zeros({0}, at::kDouble)};
-  const auto chunks = chunks_of(grads);
+std::tuple<Tensor, Tensor, Odd> count(TensorList grads, TensorList moments, double threshold, double scale, bool norms,
+                                      bool wide) {
+  Odd odd = odd_ones({grads, moments}, wide);
+  const auto chunks = chunks_of(grads, odd);
   std::vector<Counts> counted(chunks.size());
   std::vector<double> squared(norms ? chunks.size() : 0);
   for_each(grads, chunks, [&](int64_t i, const Chunk& chunk) {
@@ -406,16 +293,16 @@ std::tuple<Tensor, Tensor> count(TensorList grads, TensorList moments, double th
   Tensor squared_norms = at::zeros({norms ? static_cast<int64_t>(grads.size()) : 0}, at::kDouble);
   for (size_t i = 0; i < squared.size(); ++i)
     squared_norms.mutable_data_ptr<double>()[chunks[i].tensor] += squared[i];
-  return {sum_by_tensor(chunks, counted, grads.size()), squared_norms};
+  return {sum_by_tensor(chunks, counted, grads.size()), squared_norms, std::move(odd)};
 }
 
 // One update of tensors that share hyperparameters: for each its direction, made by `direct` for (T, index). `rounding`
 // is empty, or holds n and the numbers of each tensor.
 template <typename Direct>
-Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList seconds, const Tensor& strengths,
-              double threshold, double scale, at::IntArrayRef rounding, const Direct& direct) {
-  if (!serves({grads, params, firsts, seconds}, !rounding.empty())) return not_served();
-  const auto chunks = chunks_of(params);
+Updated update(TensorList params, TensorList grads, TensorList firsts, TensorList seconds, const Tensor& strengths,
+               double threshold, double scale, at::IntArrayRef rounding, const Direct& direct) {
+  Odd odd = odd_ones({grads, params, firsts, seconds}, !rounding.empty());
+  const auto chunks = chunks_of(params, odd);
   std::vector<Counts> counted(chunks.size());
   const Tensor by_tensor = strengths.contiguous();
   for_each(params, chunks, [&](int64_t i, const Chunk& chunk) {
@@ -445,26 +332,38 @@ Tensor update(TensorList params, TensorList grads, TensorList firsts, TensorList
   for (const TensorList list : {params, firsts, seconds})
     for (const Tensor& tensor : list)
       if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  return sum_by_tensor(chunks, counted, params.size());
+  return {sum_by_tensor(chunks, counted, params.size()), std::move(odd)};
 }
 
-Tensor adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,
-             double threshold, double scale, double decay, at::ArrayRef<double> sizes, at::ArrayRef<double> steps,
-             double beta1, double beta2, double eps, at::IntArrayRef rounding) {
+Updated adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,
+              double threshold, double scale, double decay, at::ArrayRef<double> sizes, at::ArrayRef<double> steps,
+              double beta1, double beta2, double eps, at::IntArrayRef rounding) {
   return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, rounding,
                 [&]<typename T>(int64_t t) { return Adam<T>(steps[t], decay, sizes[t], beta1, beta2, eps); });
 }
 
-Tensor lion_(TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& strengths, double threshold,
-             double scale, double decay, double size, double beta1, double beta2, at::IntArrayRef rounding) {
+Updated lion_(TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& strengths, double threshold,
+              double scale, double decay, double size, double beta1, double beta2, at::IntArrayRef rounding) {
   return update(params, grads, exp_avgs, {}, strengths, threshold, scale, rounding,
                 [&]<typename T>(int64_t) { return Lion<T>(decay, size, beta1, beta2); });
 }
 
-Tensor sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& strengths, double threshold,
-            double scale, double decay, double size, double momentum, bool nesterov, at::IntArrayRef rounding) {
+Updated sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& strengths, double threshold,
+             double scale, double decay, double size, double momentum, bool nesterov, at::IntArrayRef rounding) {
   return update(params, grads, momentum_buffers, {}, strengths, threshold, scale, rounding,
                 [&]<typename T>(int64_t) { return Sgd<T>(decay, size, momentum, nesterov); });
+}
+
+// Counts an update of every parameter in its step, float32 () on the CPU, and returns t of each.
+std::vector<double> advance_(TensorList steps) {
+  std::vector<double> counted;
+  counted.reserve(steps.size());
+  for (const Tensor& step : steps) {
+    TORCH_CHECK(step.is_cpu(), "a step is on ", step.device());
+    counted.push_back(*step.mutable_data_ptr<float>() += 1);
+    step.unsafeGetTensorImpl()->bump_version();
+  }
+  return counted;
 }
 
 }  // namespace
@@ -472,17 +371,18 @@ Tensor sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, co
 TORCH_LIBRARY(alphaadam, library) {
   library.def(
       "count(Tensor[] grads, Tensor[] moments, float threshold, float scale, bool norms, bool wide=False) -> "
-      "(Tensor, Tensor)");
+      "(Tensor, Tensor, int[])");
   library.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor strengths, "
       "float threshold, float scale, float decay, float[] sizes, float[] steps, float beta1, float beta2, float eps, "
-      "int[] rounding=[]) -> Tensor");
+      "int[] rounding=[]) -> (Tensor, int[])");
   library.def(
       "lion_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor strengths, float threshold, "
-      "float scale, float decay, float size, float beta1, float beta2, int[] rounding=[]) -> Tensor");
+      "float scale, float decay, float size, float beta1, float beta2, int[] rounding=[]) -> (Tensor, int[])");
   library.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor strengths, float threshold, "
-      "float scale, float decay, float size, float momentum, bool nesterov, int[] rounding=[]) -> Tensor");
+      "float scale, float decay, float size, float momentum, bool nesterov, int[] rounding=[]) -> (Tensor, int[])");
+  library.def("advance_(Tensor(a!)[] steps) -> float[]");
 }
 
 // For tensors of every device, so that a list that is not all on the CPU is told so, too.
@@ -491,4 +391,5 @@ TORCH_LIBRARY_IMPL(alphaadam, CompositeExplicitAutograd, library) {
   library.impl("adam_", &adam_);
   library.impl("lion_", &lion_);
   library.impl("sgd_", &sgd_);
+  library.impl("advance_", &advance_);
 }

@@ -1,10 +1,11 @@
 """The CPU kernels: one pass over memory for each of the two acts, in C++ (cpu.cpp).
 
 They take fp32 and fp64 state with gradients in those or in 16 bits, and bf16 state that rounding.py rounds, of fp32 and
-bf16 parameters. Other lists, and directions that cpu.cpp does not have, go to the reference kernels. Against those,
-counts are equal, and parameters bitwise equal except where torch's own sqrt is not the correctly rounded one (MKL's, on
-AMD processors, is off in the last bit for one number in five): there they are within four units in the last place of
-what is added.
+bf16 parameters. A gradient that lies in memory in another order than its parameter is put in order in a copy. Other
+tensors go to the reference kernels, each alone, and so do directions that cpu.cpp does not have. Against those, counts
+are equal, and parameters bitwise equal except where torch's own sqrt is not the correctly rounded one (MKL's, on AMD
+processors, is off in the last bit for one number in five): there they are within four units in the last place of what
+is added.
 """
 
 import functools
@@ -48,13 +49,13 @@ def _describe() -> None:
 
 def _fake_count(
     grads: list[Tensor], momenta: list[Tensor], threshold: float, scale: float, norms: bool, wide: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[int]]:
     squared_norms = torch.empty(len(grads) if norms else 0, dtype=torch.float64, device="cpu")
-    return _fake_counts(grads), squared_norms
+    return _fake_counts(grads)[0], squared_norms, []
 
 
-def _fake_counts(tensors: list[Tensor], *_: Any) -> Tensor:
-    return torch.empty((len(tensors), 2), dtype=torch.int64, device="cpu")
+def _fake_counts(tensors: list[Tensor], *_: Any) -> tuple[Tensor, list[int]]:
+    return torch.empty((len(tensors), 2), dtype=torch.int64, device="cpu"), []
 
 
 def count(
@@ -67,11 +68,24 @@ def count(
     wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference.count`, reading each tensor once, also for the norms."""
-    if grads:  # torch cannot tell where an operator without a tensor belongs
-        counts, squared_norms = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms, wide)
-        if len(counts):
-            return counts, squared_norms if norms else None
-    return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
+    if not grads:  # torch cannot tell where an operator without a tensor belongs
+        return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
+    counts, squared_norms, odd = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms, wide)
+    for i in odd:
+        grad, again = _in_order(grads[i], momenta[i])
+        kernel = count if again else reference.count
+        one, norm = kernel([grad], [momenta[i]], threshold=threshold, scale=scale, norms=norms, wide=wide)
+        counts[i] = one[0]
+        if norm is not None:
+            squared_norms[i] = norm[0]
+    return counts, squared_norms if norms else None
+
+
+def squared_norms(grads: Sequence[Tensor], momenta: Sequence[Tensor], *, wide: bool = False) -> Tensor:
+    """As :func:`reference.squared_norms`, without temporary tensors."""
+    norms = count(grads, momenta, threshold=0.0, scale=None, norms=True, wide=wide)[1]
+    assert norms is not None
+    return norms
 
 
 def update(
@@ -89,18 +103,40 @@ def update(
     rounding: Rounding | None = None,
 ) -> Tensor | None:
     """As :func:`reference.update`, in one pass and without temporary tensors."""
-    if direction in _KERNELS and grads:
-        operator, numbers = _KERNELS[direction]
-        counts = getattr(torch.ops.alphaadam, operator)(
-            params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters),
-            [] if rounding is None else rounding.numbers(),
+    if direction not in _KERNELS or not grads:
+        return reference.update(
+            direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
+            counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding,
         )  # fmt: skip
-        if len(counts):
-            return counts if counting else None
-    return reference.update(
-        direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
-        counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding,
+    operator, numbers = _KERNELS[direction]
+    counts, odd = getattr(torch.ops.alphaadam, operator)(
+        params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters),
+        [] if rounding is None else rounding.numbers(),
     )  # fmt: skip
+    for i in odd:
+        grad, again = _in_order(grads[i], params[i])
+        one = (update if again else reference.update)(
+            direction, [params[i]], [grad], [[moment[i]] for moment in moments], strengths=strengths[i : i + 1],
+            threshold=threshold, scale=scale, counting=counting, steps=None if steps is None else [steps[i]],
+            hyperparameters=hyperparameters, rounding=None if rounding is None else rounding.of(i),
+        )  # fmt: skip
+        if one is not None:
+            counts[i] = one[0]
+    return counts if counting else None
+
+
+def advance(steps: list[Tensor]) -> list[float]:
+    """As :func:`reference.advance`."""
+    counted: list[float] = torch.ops.alphaadam.advance_(steps) if steps else []
+    return counted
+
+
+def _in_order(grad: Tensor, like: Tensor) -> tuple[Tensor, bool]:
+    """A gradient whose elements lie as those of ``like``, and whether it had to be copied for that."""
+    dense = torch.ops.aten.is_non_overlapping_and_dense(like)
+    if not dense or grad.layout is not torch.strided or grad.stride() == like.stride() or grad.shape != like.shape:
+        return grad, False
+    return torch.empty_like(like, dtype=grad.dtype).copy_(grad), True
 
 
 def _adam(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -90,6 +90,12 @@ def update(
     return _stacked(rows) if counting else None
 
 
+def advance(steps: list[Tensor]) -> list[float]:
+    """Count an update of every parameter in its step, float32 () on the CPU; t of each."""
+    torch._foreach_add_(steps, 1.0)
+    return [step.item() for step in steps]
+
+
 def _stacked(rows: list[Tensor]) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros((0, 2), dtype=torch.int64, device="cpu")
 

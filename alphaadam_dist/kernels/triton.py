@@ -23,6 +23,8 @@ from ..rounding import PARAMETER_DTYPES, Rounding
 from ..tensors import has_memory
 from . import reference
 from .build import Unavailable
+from .reference import advance as advance
+from .reference import squared_norms as squared_norms
 from .triton_device import ADAM, LION, SGD, _count, _update, _update_rounded
 
 CHUNK = 2**16  # elements a program takes

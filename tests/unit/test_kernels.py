@@ -189,14 +189,14 @@ def test_dense_strides_are_flat_memory_and_others_go_to_the_reference() -> None:
 def test_fake_tensors_get_shapes() -> None:
     with FakeTensorMode():
         tensors = [torch.empty(3), torch.empty(5)]
-        counts, norms = torch.ops.alphaadam.count(tensors, tensors, 0.0, 1.0, True)
+        counts, norms, odd = torch.ops.alphaadam.count(tensors, tensors, 0.0, 1.0, True)
         assert counts.shape == (2, 2)
         assert norms.shape == (2,)
         strengths = torch.empty((2, 2), dtype=torch.float64)
-        assert torch.ops.alphaadam.lion_(tensors, tensors, tensors, strengths, 0.0, 1.0, 1.0, -0.1, 0.9, 0.9).shape == (
-            2,
-            2,
-        )
+        assert odd == []
+        counts, odd = torch.ops.alphaadam.lion_(tensors, tensors, tensors, strengths, 0.0, 1.0, 1.0, -0.1, 0.9, 0.9)
+        assert counts.shape == (2, 2)
+        assert odd == []
 
 
 def test_torch_compile_sees_the_operators() -> None:
@@ -330,7 +330,7 @@ generator = torch.Generator().manual_seed(0)
 p, g, m, v = (torch.randn(40_003, generator=generator) for _ in range(4))
 v = v.abs()
 strengths = torch.tensor([[1.9, 0.1]], dtype=torch.float64)
-counts = torch.ops.alphaadam.adam_([p], [g], [m], [v], strengths, 0.1, 0.7, 0.999, [-0.037], [3.0], 0.9, 0.999, 1e-8)
+counts, _ = torch.ops.alphaadam.adam_([p], [g], [m], [v], strengths, 0.1, 0.7, 0.999, [-0.037], [3.0], 0.9, 0.999, 1e-8)
 print(counts.tolist(), *(int(t.view(torch.int32).long().sum()) for t in (p, m, v)))
 """
 
@@ -344,3 +344,81 @@ def test_processors_of_several_kinds_give_the_same_bits() -> None:
         line = [sys.executable, "-c", _BITS, str(build.library(flags))]
         printed.add(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
     assert len(printed) == 1
+
+
+# ---- one odd tensor in a list ---------------------------------------------------------------------------------------
+
+
+def with_odd_ones() -> dict[str, Tensor]:
+    """Parameters of one list; the kernels take all but the last two."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(4, 6, 8, 10, generator=generator)
+    return {
+        "plain": made[0].clone(), "transposed gradient": made[1].clone(),
+        "channels_last": made.clone(memory_format=torch.channels_last), "transposed": made[2].clone().mT,
+        "bf16": made[3].bfloat16(), "gaps": made[3][:, ::2].clone(memory_format=torch.preserve_format)[:, :, ::2],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"clip_norm": 0.1}, {"clip_norm": 0.1, "threshold": 0.1}])
+def test_an_odd_tensor_goes_to_the_reference_alone(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' step is the kernels', and a gradient in another order than its parameter is put in order."""
+    seen: list[torch.Size] = []
+
+    def noted(direction: Any, params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+        seen.extend(param.shape for param in params)
+        return update(direction, params, *args, **kwargs)
+
+    def build() -> dict[str, torch.nn.Parameter]:
+        return {name: torch.nn.Parameter(param) for name, param in with_odd_ones().items()}
+
+    update, ours, expected = reference.update, build(), build()
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    fast, slow = AlphaAdam(ours.items(), **options), AlphaAdam(expected.items(), fused=False, **options)
+    for step in range(3):
+        for name, param in ours.items():
+            grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+            expected[name].grad = grad.to(param.dtype)
+            param.grad = grad.mT.contiguous().mT if name == "transposed gradient" else grad.to(param.dtype)
+        slow.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "update", noted)
+            fast.step()
+        assert fast.agreement == slow.agreement
+    assert seen == 3 * [ours["bf16"].shape, ours["gaps"].shape]
+    for name, param in ours.items():
+        torch.testing.assert_close(param, expected[name], rtol=1e-6, atol=1e-7, msg=name)
+        assert torch.equal(param, expected[name]) or name not in ("bf16", "gaps")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("bf16", {}, r"'bf16' has dtype torch.bfloat16, .* or give state_dtype='bfloat16'. Or leave fused=None"),
+        ("gaps", {}, r"'gaps' has strides \(.*\), with gaps in its memory: give the module param.contiguous\(\)"),
+        ("transposed", {"state_dtype": "bfloat16"}, r"'transposed' has strides \(80, 1, 10\), and with state_dtype="),
+    ],
+)
+def test_fused_names_the_parameter_that_it_does_not_take(name: str, options: dict[str, Any], says: str) -> None:
+    held = with_odd_ones()
+    params = [("plain", torch.nn.Parameter(held["plain"])), (name, torch.nn.Parameter(held[name]))]
+    for _, param in params:
+        param.grad = torch.ones_like(param)
+    before = params[0][1].clone()
+    with pytest.raises(ValueError, match=f"fused=True, but parameter {says}"):
+        AlphaAdam(params, fused=True, **options).step()
+    assert torch.equal(params[0][1], before)
+
+
+def test_parameters_that_share_a_step_are_parted() -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(2)
+    optimizer = AlphaAdam(params)
+    optimizer.step()
+    shared = torch.tensor(3.0)
+    for param in params:
+        optimizer.state[param]["step"] = shared
+    optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [4, 4]
+    assert float(shared) == 3
