@@ -248,17 +248,17 @@ def _agree(hashed: Sequence[tuple[int, int, int]], group: dist.ProcessGroup | No
     return agreed
 
 
-def _prove_coverage(shards: Sequence[Shard], held: Mapping[int, int], world: int) -> str | None:
+def _prove_coverage(shards: Sequence[Shard], held: Mapping[str, int], world: int) -> str | None:
     """What is wrong with this rank's parameters, or None. ``held`` is how many elements of each key are owned."""
     keys = Counter(shard.key for shard in shards)
     twice = next((key for key, count in keys.items() if count > 1), None)
     if twice is not None:
         return f"two parameters are named {twice!r}: every parameter needs a name of its own"
     for shard in shards:
-        if shard.global_numel is not None and held[_hash(shard.key)] != shard.global_numel:
+        if shard.global_numel is not None and held[shard.key] != shard.global_numel:
             return (
                 f"parameter {shard.key!r} has {shard.global_numel} elements, but the shards on the {world} ranks of "
-                f"the reduce group hold {held[_hash(shard.key)]} different ones (here: place {shard.place}, "
+                f"the reduce group hold {held[shard.key]} different ones (here: place {shard.place}, "
                 f"{shard.numel} elements). Give the optimizer the process_group over which this model is sharded, "
                 "names that are unique in the whole model where ranks hold different parameters of one name, or "
                 "sharding='replicated' / 'sharded' where plain tensors were misjudged"
@@ -293,9 +293,11 @@ def build_layout(
     """
     pairs = [(param, shard) for param, held in zip(params, shards, strict=True) for shard in held]
     flat = [shard for _, shard in pairs]
-    hashed = [(_hash(s.key), _hash((s.key, s.place)), s.numel) for s in flat]
+    hash_of = {key: _hash(key) for key in {*names, *(s.key for s in flat)}}
+    hashed = [(hash_of[s.key], _hash((s.key, s.place)), s.numel) for s in flat]
     agreed = _agree(hashed, group, device)
-    problem = _prove_coverage(flat, agreed.numels, 1 if group is None else dist.get_world_size(group))
+    held_of = {key: agreed.numels[hash] for key, hash in hash_of.items()}
+    problem = _prove_coverage(flat, held_of, 1 if group is None else dist.get_world_size(group))
     stop_together(problem, group, device, "does every element count once?")
     number_of = {-1: -1, **{name: number for number, name in enumerate(sorted(agreed.sets))}}
     held_shards = tuple(
@@ -308,14 +310,14 @@ def build_layout(
     owns = iter([shard.owned for shard in held_shards])
     for param, held, whole in zip(params, shards, numels, strict=True):
         own = [
-            Segment(s.start, s.numel, row_of.get(_hash(s.key), 0), next(owns), whole=s.numel == whole,
+            Segment(s.start, s.numel, row_of.get(hash_of[s.key], 0), next(owns), whole=s.numel == whole,
                     key=s.key, positions=s.positions or NOWHERE)
             for s in held
         ]  # fmt: skip
         if merge and scope == "global" and all(segment.owned for segment in own):
             own = [Segment(0, whole, 0, owned=True, whole=True)]
         segments[param] = tuple(_with_padding(own, whole))
-    keys = {row_of[_hash(key)]: key for key in {*names, *(s.key for s in flat)} if _hash(key) in row_of}
+    keys = {row_of[hash]: key for key, hash in hash_of.items() if hash in row_of}
     rows, numel = max(len(row_of), 1), agreed.numels.total()
     return Layout(
         tuple(params), segments, keys, rows, numel, group, device, held_shards, agreed.replicas, len(agreed.sets)

@@ -103,7 +103,7 @@ class AlphaOptimizer(Persistent):
         except Exception:
             self.param_groups.pop()
             raise
-        consensus.say(self._run.options, [param for _, param in parameters.served(self)])
+        consensus.say(self._run.options, lambda: [param for _, param in parameters.served(self)])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check all values of a parameter group, and make numbers of other libraries Python's own."""

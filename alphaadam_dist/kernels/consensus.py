@@ -8,7 +8,7 @@ waiting, when they build their layout: under DistributedDataParallel that comes 
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -76,10 +76,11 @@ def taken(options: FamilyOptions, layout: Layout) -> str:
     return "reference" if option is False or small or _lack(option, layout.params, layout.numel) else "fast"
 
 
-def say(options: FamilyOptions, params: Sequence[Tensor]) -> None:
+def say(options: FamilyOptions, params_of: Callable[[], Sequence[Tensor]]) -> None:
     """Tell ranks of no common group, before any of them steps, that this one has no fast kernels. Waits for nobody."""
     if fused(options) is not None or not _several():
         return
+    params = params_of()
     if torch.accelerator.is_available() and any(param.device.type == "cpu" for param in params):
         return  # the model may move to it before it steps
     lack = _lack(None, params, sum(param.numel() for param in params))

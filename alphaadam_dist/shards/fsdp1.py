@@ -6,6 +6,7 @@ parameters it holds. With ``use_orig_params=True`` it gets a plain 1-D tensor fo
 of it, and only a mark says that it is not the whole: neither its full size nor the process group can be read from it.
 """
 
+import functools
 import importlib
 import sys
 from typing import Any
@@ -27,6 +28,7 @@ INFO_NAMES = ("in_shard", "offset_in_shard", "numel_in_shard", "intra_param_star
 FLAT_SUFFIX = "_flat_param"  # the name under which a module holds its FlatParameter
 
 
+@functools.cache
 def missing_names() -> list[str]:
     """The names of the tables above that the installed torch does not have."""
     missing = []
