@@ -5,24 +5,21 @@
 
 Contestants take turns, so that what disturbs the machine disturbs all of them; a number is the median over the rounds
 of the ratio to the peer in the same round. All share one parameter, gradient and pair of moments, so memory is as warm
-for one as for the other. The last rows measure what a list of 300 small DTensors costs the host, DeepSpeed's
-CPU-offloaded ZeRO-2 and ZeRO-3, and the memory a step takes beyond what lies there anyway.
+for one as for the other. small_tensors.py has the rows for lists of small tensors, offload.py those for ZeRO with the
+optimizer on the CPU; then comes the memory that a step takes beyond what lies there anyway. At the end stands which
+bars hold, and what moved since the last run.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
-import random
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +29,18 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.training.plots import GREY, INK, STYLE
 from benchmarks import baselines
+from benchmarks.offload import OFFLOAD_PEER, offloaded
+from benchmarks.rows import FUSED, Row, Steps, beside_last, compare, judge, show, take_turns
+from benchmarks.small_tensors import one_odd_tensor, small_tensors, start_up
 
 SIZES = (1, 4, 32, 256)  # Mi elements
 SLOW = 32  # Mi elements above which eager peers are left out: they take seconds a step
-FUSED, CLIPPED = "AdamW fused", "clip_grad_norm_ + AdamW fused"
-OFFLOAD_PEER = "DeepSpeedCPUAdam"
+CLIPPED = "clip_grad_norm_ + AdamW fused"
 DEFAULT = "AlphaAdam exact"
 AXIS = 2.0
 """Of the picture, as a ratio to fused AdamW. It shows what a choice between these costs; slower ones are numbers."""
@@ -52,26 +48,14 @@ OURS_COLOR, PEERS_COLOR = "#d1495b", "#30638e"
 RESULTS = Path(__file__).parent / "results"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contestant in one case: the median, and the ratio to ``against`` round by round."""
-
-    case: str
-    name: str
-    milliseconds: float
-    against: str
-    ratio: float
-    spread: tuple[float, float]  # the middle half of the ratios
-    gigabytes_per_second: float | None = None  # of the traffic that the algorithm needs
-    share_of_copy: float | None = None
-    bar: float | None = None
-
-
-Steps = dict[str, Callable[[], Any]]
-
-BYTES = {"exact": 36, "delayed": 28, "clip_norm": 36}
+BYTES = {"exact": 36, "delayed": 28, "clip_norm": 36, "bf16, delayed": 14}
 """Traffic an element in fp32: AdamW reads p, g, m, v and writes p, m, v; counting reads g and m."""
-BARS = {"AlphaAdam delayed": (FUSED, 1.03), "AlphaAdam exact": (FUSED, 1.55), "AlphaAdam clip_norm": (CLIPPED, 0.97)}
+BARS = {
+    "AlphaAdam delayed": (FUSED, 1.02), "AlphaAdam exact": (FUSED, 1.45), "AlphaAdam clip_norm": (CLIPPED, 0.95),
+    "AlphaAdam bf16, delayed": (FUSED, 0.75),
+}  # fmt: skip
+JUDGED = ("32 Mi", "256 Mi")
+MOST_MEMORY = 1.0  # MB at the peak of a step above fused AdamW's
 OURS: dict[str, dict[str, Any]] = {
     "exact": {},
     "delayed": {"sync": "delayed"},
@@ -79,6 +63,7 @@ OURS: dict[str, dict[str, Any]] = {
     "layer": {"scope": "layer"},
     "threshold": {"threshold": 1 / 9},
     "threshold, delayed": {"threshold": 1 / 9, "sync": "delayed"},
+    "threshold, clip_norm": {"threshold": 1 / 9, "clip_norm": 1.0},
 }
 
 
@@ -105,6 +90,9 @@ def contestants(elements: int, device: torch.device) -> tuple[Steps, Steps]:
     steps: Steps = {FUSED: fused, CLIPPED: clipped}
     for name, options in OURS.items():
         steps[f"AlphaAdam {name}"] = step_of(AlphaAdam([param], fused=True, **options))
+    half = nn.Parameter(param.detach().bfloat16())  # a state of its own, which the first step makes
+    half.grad = torch.randn(elements, generator=generator, device=device).bfloat16()
+    steps["AlphaAdam bf16, delayed"] = AlphaAdam([half], fused=True, state_dtype="bfloat16", sync="delayed").step
     eager = {
         "AlphaAdam reference kernels": step_of(AlphaAdam([param], fused=False)),
         "AdamW for-loop": step_of(torch.optim.AdamW([param], foreach=False)),
@@ -129,42 +117,6 @@ def _deepspeed_cpu_adam(param: Tensor) -> Any:
         return None
 
 
-def take_turns(
-    steps: Steps, rounds: int, device: torch.device, before: Mapping[str, Callable[[], Any]] | None = None
-) -> dict[str, list[float]]:
-    """Seconds of every step, round by round, after one round that is not counted.
-
-    The order is drawn anew for each round, because a step pays for what the one before it leaves: garbage to collect
-    and cold caches. ``before`` has what runs ahead of a step, and is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, draw = list(steps), random.Random(0)
-    for round_ in range(rounds + 1):
-        draw.shuffle(order)
-        for name in order:
-            if before is not None:
-                before[name]()
-            _synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            _synchronize(device)
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def compare(case: str, name: str, seconds: dict[str, list[float]], against: str, bar: float | None = None) -> Row:
-    ratios = sorted(mine / theirs for mine, theirs in zip(seconds[name], seconds[against], strict=True))
-    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    return Row(case, name, 1e3 * statistics.median(seconds[name]), against, statistics.median(ratios), (low, high),
-               bar=bar)  # fmt: skip
-
-
 def flat_tensor(mebi: int, rounds: int, device: torch.device) -> list[Row]:
     """One flat parameter, as ZeRO has it."""
     elements = mebi * 2**20
@@ -178,7 +130,7 @@ def flat_tensor(mebi: int, rounds: int, device: torch.device) -> list[Row]:
     rows = []
     for name in seconds:
         against, bar = BARS.get(name, (FUSED, None))
-        row = compare(f"{mebi} Mi", name, seconds, against, bar if mebi == 32 else None)
+        row = compare(f"{mebi} Mi", name, seconds, against, bar if f"{mebi} Mi" in JUDGED else None)
         traffic = 28 if name == FUSED else BYTES.get(name.removeprefix("AlphaAdam "))
         if traffic is not None:
             speed = traffic * elements / (row.milliseconds / 1e3)
@@ -188,105 +140,6 @@ def flat_tensor(mebi: int, rounds: int, device: torch.device) -> list[Row]:
         seconds = take_turns({FUSED: steps[FUSED], **eager}, rounds, device)
         rows += [compare(f"{mebi} Mi", name, seconds, FUSED) for name in eager]
     return rows
-
-
-def small_tensors(rounds: int, device: torch.device) -> list[Row]:
-    """300 DTensors of 1024 elements, as FSDP2 has them: what a step costs the host."""
-    mesh = init_device_mesh(device.type, (1,))
-
-    def named() -> list[tuple[str, nn.Parameter]]:
-        made = []
-        for i in range(300):
-            param = nn.Parameter(distribute_tensor(torch.randn(64, 16, device=device), mesh, [Shard(0)]))
-            param.grad = distribute_tensor(torch.randn(64, 16, device=device), mesh, [Shard(0)])
-            made.append((f"w{i}", param))
-        return made
-
-    steps: Steps = {FUSED: torch.optim.AdamW(named(), fused=True).step}
-    for name in ("exact", "delayed", "clip_norm", "layer"):
-        steps[f"AlphaAdam {name}"] = AlphaAdam(
-            named(), fused=True, process_group=dist.group.WORLD, **OURS[name]
-        ).step  # fmt: skip
-    seconds = take_turns(steps, 3 * rounds, device)
-    return [compare("300 DTensors", name, seconds, FUSED, None if name == FUSED else 0.5) for name in steps]
-
-
-def offloaded(stage: int, rounds: int) -> list[Row]:
-    """ZeRO with the optimizer on the CPU, 32 Mi bf16 parameters, clipped: engine.step(), and the optimizer's share."""
-    import deepspeed
-
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
-    steps: Steps = {}
-    backwards: Steps = {}
-    shares: dict[str, list[float]] = {}
-    for name in (OFFLOAD_PEER, "AlphaAdam delayed", "AlphaAdam exact"):
-        options = {"lr": 1e-3, "sync": name.removeprefix("AlphaAdam "), "fused": True}
-        adam = {"type": "AdamW", "params": {"lr": 1e-3}}
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": True},
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
-            "optimizer": adam if name == OFFLOAD_PEER else {"type": "AlphaAdam", "params": options},
-        }
-        model = _Sum()
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-        shares[name] = _timed(engine.optimizer)
-        steps[name] = engine.step
-        backwards[name] = partial(_backward, engine)
-    seconds = take_turns(steps, rounds, torch.device("cpu"), backwards)
-    share = {name: times[1:] for name, times in shares.items()}
-    rows = []
-    for name in shares:
-        bar = {"AlphaAdam delayed": 0.85, "AlphaAdam exact": 1.10}.get(name)
-        rows.append(compare(f"ZeRO-{stage} offload, optimizer", name, share, OFFLOAD_PEER, bar))
-        rows.append(compare(f"ZeRO-{stage} offload, engine.step()", name, seconds, OFFLOAD_PEER))
-    return rows
-
-
-class _Sum(nn.Module):
-    """32 Mi parameters and next to no work beside their gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4096, 4096)) for _ in range(2)])
-
-    def forward(self, seed: Tensor) -> Tensor:
-        return torch.stack([(weight * seed).sum() for weight in self.weights]).sum()
-
-
-def _backward(engine: Any) -> None:
-    engine.backward(engine(torch.tensor(1.0)))
-
-
-def _timed(zero: Any) -> list[float]:
-    """Seconds that the optimizer itself takes in each step of a ZeRO wrapper, appended as it goes."""
-    times: list[float] = []
-    step, unscale = zero.optimizer.step, zero.unscale_and_clip_grads
-    inside = 0.0
-
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            inside += time.perf_counter() - start
-            return result
-
-        return call
-
-    zero.optimizer.step, zero.unscale_and_clip_grads = timed(step), timed(unscale)
-    whole = zero.step
-
-    def whole_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        inside = 0.0
-        result = whole(*args, **kwargs)
-        times.append(inside)
-        return result
-
-    zero.step = whole_step
-    return times
 
 
 def memory_above(elements: int) -> dict[str, float]:
@@ -308,25 +161,6 @@ def _resident(field: str) -> float:
     """A kB field of this process's status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
     return float(line.split()[1])
-
-
-def show(console: Console, rows: Sequence[Row], memory: dict[str, float]) -> None:
-    """Print one line a row."""
-    table = Table(title="a step, median of paired ratios", box=None, header_style="bold", pad_edge=False)
-    for heading in ("case", "", "ms", "against", "ratio", "middle half", "bar", "GB/s", "of copy"):
-        table.add_column(heading, justify="left" if heading in ("case", "", "against") else "right")
-    for row in rows:
-        met = "" if row.bar is None else f"{'green' if row.ratio <= row.bar else 'red'}"
-        ratio = f"{row.ratio:.3f}" if not met else f"[{met}]{row.ratio:.3f}[/{met}]"
-        table.add_row(
-            row.case, row.name, f"{row.milliseconds:.2f}", row.against, ratio,
-            f"{row.spread[0]:.2f} to {row.spread[1]:.2f}", "" if row.bar is None else f"{row.bar:.2f}",
-            "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.1f}",
-            "" if row.share_of_copy is None else f"{row.share_of_copy:.0%}",
-        )  # fmt: skip
-    console.print(table)
-    for name, megabytes in memory.items():
-        console.print(f"{name}: {megabytes:.2f} MB at the peak of a step beyond what was there", highlight=False)
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -373,7 +207,8 @@ def run(sizes: Sequence[int], rounds: int, device: torch.device, out: Path) -> N
         rows: list[Row] = []
         for mebi in track(sizes, "flat tensors", console=console):
             rows += flat_tensor(mebi, rounds if mebi <= SLOW else max(3, rounds // 3), device)
-        rows += small_tensors(rounds, device)
+        rows += small_tensors(rounds, device) + one_odd_tensor(rounds, device)
+        started = start_up(device)
         memory: dict[str, float] = {}
         if device.type == "cpu":
             for stage in (2, 3):
@@ -381,8 +216,13 @@ def run(sizes: Sequence[int], rounds: int, device: torch.device, out: Path) -> N
             memory = memory_above(32 * 2**20)
         dist.destroy_process_group()
     show(console, rows, memory)
+    console.print(f"start-up with 10,000 parameters: {started:.2f} s", highlight=False)
+    judge(console, rows, memory, MOST_MEMORY)
+    last = max(out.glob(f"*-step-time-{device.type}.json"), default=None)
+    beside_last(console, rows, last)
     date, where = datetime.date.today().isoformat(), machine(device)
-    result = {"date": date, **where, "rounds": rounds, "rows": [asdict(row) for row in rows], "memory_mb": memory}
+    result = {"date": date, **where, "rounds": rounds, "rows": [asdict(row) for row in rows], "memory_mb": memory,
+              "start_up_s": started}  # fmt: skip
     stem = out / f"{date}-step-time-{device.type}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     draw(

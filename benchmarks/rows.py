@@ -1,0 +1,116 @@
+"""Rows of a benchmark: contestants that take turns, ratios, their bars, and the last committed run beside this one."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+FUSED = "AdamW fused"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant in one case: the median, and the ratio to ``against`` round by round."""
+
+    case: str
+    name: str
+    milliseconds: float
+    against: str
+    ratio: float
+    spread: tuple[float, float]  # the middle half of the ratios
+    gigabytes_per_second: float | None = None  # of the traffic that the algorithm needs
+    share_of_copy: float | None = None
+    bar: float | None = None
+
+
+Steps = dict[str, Callable[[], Any]]
+
+
+def take_turns(
+    steps: Steps, rounds: int, device: torch.device, before: Mapping[str, Callable[[], Any]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every step, round by round, after one round that is not counted.
+
+    The order is drawn anew for each round, because a step pays for what the one before it leaves: garbage to collect
+    and cold caches. ``before`` has what runs ahead of a step, and is not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, draw = list(steps), random.Random(0)
+    for round_ in range(rounds + 1):
+        draw.shuffle(order)
+        for name in order:
+            if before is not None:
+                before[name]()
+            _synchronize(device)
+            start = time.perf_counter()
+            steps[name]()
+            _synchronize(device)
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def compare(case: str, name: str, seconds: dict[str, list[float]], against: str, bar: float | None = None) -> Row:
+    ratios = sorted(mine / theirs for mine, theirs in zip(seconds[name], seconds[against], strict=True))
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    return Row(case, name, 1e3 * statistics.median(seconds[name]), against, statistics.median(ratios), (low, high),
+               bar=bar)  # fmt: skip
+
+
+def show(console: Console, rows: Sequence[Row], memory: dict[str, float]) -> None:
+    """Print one line a row."""
+    table = Table(title="a step, median of paired ratios", box=None, header_style="bold", pad_edge=False)
+    for heading in ("case", "", "ms", "against", "ratio", "middle half", "bar", "GB/s", "of copy"):
+        table.add_column(heading, justify="left" if heading in ("case", "", "against") else "right")
+    for row in rows:
+        met = "" if row.bar is None else f"{'green' if row.ratio <= row.bar else 'red'}"
+        ratio = f"{row.ratio:.3f}" if not met else f"[{met}]{row.ratio:.3f}[/{met}]"
+        table.add_row(
+            row.case, row.name, f"{row.milliseconds:.2f}", row.against, ratio,
+            f"{row.spread[0]:.2f} to {row.spread[1]:.2f}", "" if row.bar is None else f"{row.bar:.2f}",
+            "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.1f}",
+            "" if row.share_of_copy is None else f"{row.share_of_copy:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    for name, megabytes in memory.items():
+        console.print(f"{name}: {megabytes:.2f} MB at the peak of a step beyond what was there", highlight=False)
+
+
+def judge(console: Console, rows: Sequence[Row], memory: Mapping[str, float], most: float) -> None:
+    """Say which bars hold, those of memory too: no more than ``most`` MB above fused AdamW."""
+    judged = {f"{row.case}, {row.name}": (row.ratio, row.bar) for row in rows if row.bar is not None}
+    for name, megabytes in memory.items():
+        if name != FUSED:
+            judged[f"{name}, MB above {FUSED}"] = (megabytes - memory[FUSED], most)
+    missed = {name: pair for name, pair in judged.items() if pair[0] > pair[1]}
+    console.print(f"{len(judged) - len(missed)} of {len(judged)} bars hold", highlight=False)
+    for name, (value, bar) in missed.items():
+        console.print(f"  not held: {name}: {value:.3f}, bar {bar:.2f}", highlight=False)
+
+
+def beside_last(console: Console, rows: Sequence[Row], last: Path | None) -> None:
+    """Say which ratios moved since the run in that file: those whose middle halves do not touch."""
+    if last is None:
+        console.print("there is no earlier run to compare with", highlight=False)
+        return
+    before = {(row["case"], row["name"]): row for row in json.loads(last.read_text())["rows"]}
+    pairs = [(row, before[row.case, row.name]) for row in rows if (row.case, row.name) in before]
+    moved = [(row, old) for row, old in pairs if row.spread[0] > old["spread"][1] or row.spread[1] < old["spread"][0]]
+    console.print(f"of {len(pairs)} ratios that {last.name} has too, {len(moved)} moved", highlight=False)
+    for row, old in moved:
+        console.print(f"  {row.case}, {row.name}: {old['ratio']:.3f} then, {row.ratio:.3f} now", highlight=False)
