@@ -55,3 +55,19 @@ def test_a_compiled_step_is_the_step(kind: Any, options: dict[str, Any], how: st
     assert all(same_bits(a, b) for a, b in zip(params, expected[1], strict=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "there is nothing to compile in it"
     assert frames == 0, "compiled anew from step to step"
+
+
+def test_a_step_in_a_compiled_function_is_one_graph_break() -> None:
+    (param, *_), (grad, *_) = tensors(0), next(iter(gradients(1)))
+    weight = nn.Parameter(param)
+    optimizer = AlphaAdam([weight])
+    weight.grad = grad
+
+    def train() -> torch.Tensor:
+        before = weight * 2
+        optimizer.step()
+        return before + weight
+
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(train)()
+    assert (found.graph_count, found.graph_break_count) == (2, 1)
