@@ -66,12 +66,16 @@ class HeldShard(Shard):
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Parameters of one list, cut into segments: which in ``params`` each is ``of``, and whether all are ``whole``."""
+    """Parameters of one list, cut into segments.
+
+    ``of`` says which in ``params`` each is of; all may be ``whole``, and all may be ``owned``.
+    """
 
     params: tuple[Tensor, ...]
     segments: tuple[Segment, ...]
     of: tuple[int, ...]
     whole: bool
+    owned: bool
 
 
 @dataclass
@@ -125,7 +129,8 @@ class Layout:
             pairs = [(segment, i) for i, param in enumerate(params) for segment in self.segments[param]]
             segments = tuple(segment for segment, _ in pairs)
             whole = len(segments) == len(params) and all(segment.whole for segment in segments)
-            held = self._cuts[params[0]] = Cut(tuple(params), segments, tuple(i for _, i in pairs), whole)
+            owned = all(segment.owned for segment in segments)
+            held = self._cuts[params[0]] = Cut(tuple(params), segments, tuple(i for _, i in pairs), whole, owned)
         return held
 
     def indices(self, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:

@@ -142,8 +142,19 @@ def owned_of_flat(segments: Sequence[Segment], pieces: Sequence[Tensor], momentu
     return [(segment, grad, flat[start : start + grad.numel()]) for segment, start, grad in cut_runs(pieces, runs)]
 
 
-def by_device(owned: Sequence[Owned], layout: Layout) -> list[tuple[tuple[Segment, ...], list[Tensor], list[Tensor]]]:
-    """Slots, gradients and momenta on each device that has any."""
+Counted = tuple[tuple[Segment, ...], list[Tensor], list[Tensor]]
+"""Segments of one device, with their gradients and momenta."""
+
+
+def counted(held: Sequence[LocalTensors], layout: Layout) -> list[Counted]:
+    """What this rank counts of it, on each device that has any."""
+    if len(held) == 1 and held[0].cut.owned:  # the lists that the update takes too
+        return [(held[0].segments, held[0].grads, held[0].moments[0])]
+    return by_device([one for part in held for one in part.owned()], layout)
+
+
+def by_device(owned: Sequence[Owned], layout: Layout) -> list[Counted]:
+    """The same of what is given one by one."""
     parts: dict[torch.device | None, list[Owned]] = {}
     for one in owned if layout.several_devices else ():
         parts.setdefault(one[2].device, []).append(one)

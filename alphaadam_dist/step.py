@@ -16,7 +16,7 @@ from torch import Tensor
 from . import consistency, options, parameters, rounding, rule
 from .kernels import consensus
 from .layout import Layout, Segment
-from .local_tensors import LocalTensors, Owned, by_device, local_tensors, owned_of_flat
+from .local_tensors import LocalTensors, Owned, by_device, counted, local_tensors, owned_of_flat
 from .persistence import Persistent
 from .rounding import Rounding
 from .tensors import is_dtensor, local
@@ -81,19 +81,18 @@ class Step:
             RuntimeError: out of order; or a rank failed.
         """
         self._advance("count", "counted")
-        owned: list[Owned] = []
         if gradients is None:
             self._held = self._local_tensors()
-            for _, held in self._held:
-                owned += held.owned()
+            lists = counted([held for _, held in self._held], self._layout)
         else:
+            owned: list[Owned] = []
             for param, tensors in gradients:
                 self._make_state(param)
                 momentum = local(self._optimizer.state[param][self._optimizer.moments[0]])
                 owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
+            lists = by_device(owned, self._layout)
         threshold, clip = self._options.threshold, self._options.clip_norm is not None
         wide = self._options.state_dtype is not None
-        lists = by_device(owned, self._layout)
         if clip and threshold > 0:
             for segments, grads, momenta in lists:
                 self._statistics.add_norms(segments, self._kernels(grads).squared_norms(grads, momenta, wide=wide))

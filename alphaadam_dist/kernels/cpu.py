@@ -59,7 +59,7 @@ def _fake_counts(tensors: list[Tensor], *_: Any) -> tuple[Tensor, list[int]]:
 
 
 def count(
-    grads: Sequence[Tensor],
+    grads: list[Tensor],
     momenta: Sequence[Tensor],
     *,
     threshold: float,
@@ -67,21 +67,24 @@ def count(
     norms: bool = False,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`reference.count`, reading each tensor once, also for the norms."""
+    """As :func:`reference.count`, reading each tensor once, also for the norms.
+
+    A gradient that has to be put in order is replaced in the list, so that the update need not do it again.
+    """
     if not grads:  # torch cannot tell where an operator without a tensor belongs
         return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
     counts, squared_norms, odd = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms, wide)
     for i in odd:
-        grad, again = _in_order(grads[i], momenta[i])
+        grads[i], again = _in_order(grads[i], momenta[i])
         kernel = count if again else reference.count
-        one, norm = kernel([grad], [momenta[i]], threshold=threshold, scale=scale, norms=norms, wide=wide)
+        one, norm = kernel([grads[i]], [momenta[i]], threshold=threshold, scale=scale, norms=norms, wide=wide)
         counts[i] = one[0]
         if norm is not None:
             squared_norms[i] = norm[0]
     return counts, squared_norms if norms else None
 
 
-def squared_norms(grads: Sequence[Tensor], momenta: Sequence[Tensor], *, wide: bool = False) -> Tensor:
+def squared_norms(grads: list[Tensor], momenta: Sequence[Tensor], *, wide: bool = False) -> Tensor:
     """As :func:`reference.squared_norms`, without temporary tensors."""
     norms = count(grads, momenta, threshold=0.0, scale=None, norms=True, wide=wide)[1]
     assert norms is not None
