@@ -113,14 +113,30 @@ struct Counts {
   int64_t agree = 0, conflict = 0;
 };
 
+constexpr int64_t kRun = 64;     // elements between two looks ahead: four cache lines of fp32
+constexpr int64_t kAhead = 256;  // how many elements further the memory is asked for
+
+// The arithmetic of one element leaves the processor no room to begin the loads of the next ones by itself.
+template <typename T>
+inline void look_ahead(const T* at) {
+  for (int64_t i = 0; i < kRun; i += 64 / sizeof(T)) __builtin_prefetch(at + kAhead + i);
+}
+
 template <bool kThreshold, typename T>
 Counts judge(const T* g, const T* m, int64_t n, T scale, T threshold) {
   int32_t evidence = 0, conflict = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  const auto element = [&](int64_t i) {
     const T grad = g[i] * scale;
     evidence += grad != 0;
     conflict += opposes<kThreshold>(grad, m[i], threshold);
+  };
+  int64_t i = 0;
+  for (; i + kRun <= n; i += kRun) {
+    look_ahead(g + i);
+    look_ahead(m + i);
+    for (int64_t j = i; j < i + kRun; ++j) element(j);
   }
+  for (; i < n; ++i) element(i);
   return {evidence - conflict, conflict};
 }
 
@@ -146,7 +162,7 @@ template <bool kThreshold, typename T, typename Direction>
 Counts sweep(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v, int64_t n, const Mask<T> mask,
              const Direction direction) {
   int32_t evidence = 0, conflict = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  const auto element = [&](int64_t i) {
     const T grad = g[i] * mask.scale;
     const bool against = opposes<kThreshold>(grad, m[i], mask.threshold), any = grad != 0;
     evidence += any;
@@ -158,7 +174,14 @@ Counts sweep(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restr
     p[i] = param;
     m[i] = first;
     if constexpr (Direction::kSecondMoment) v[i] = second;
+  };
+  int64_t i = 0;
+  for (; i + kRun <= n; i += kRun) {
+    for (const T* at : {static_cast<const T*>(p) + i, g + i, static_cast<const T*>(m) + i}) look_ahead(at);
+    if constexpr (Direction::kSecondMoment) look_ahead(v + i);
+    for (int64_t j = i; j < i + kRun; ++j) element(j);
   }
+  for (; i < n; ++i) element(i);
   return {evidence - conflict, conflict};
 }
 
