@@ -301,8 +301,9 @@ def _refuse(optimizer: Persistent, model: Module) -> None:
 
 def _refuse_options(optimizer: Persistent) -> None:
     """Raise ValueError where a step needs the gradients of the whole model before it can begin."""
+    optimizer._adopt()  # somebody may have changed the defaults
     options = optimizer._run.options
-    if optimizer.defaults["sync"] == "delayed":
+    if not options.reads_first:
         return
     needs = f"clip_norm={options.clip_norm!r}" if options.clip_norm is not None else "sync='exact'"
     also = ", and no clip_norm" if options.clip_norm is not None else ""

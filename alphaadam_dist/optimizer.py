@@ -108,6 +108,7 @@ class AlphaOptimizer(Persistent):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check all values of a parameter group, and make numbers of other libraries Python's own."""
         options.check_group(type(self).__name__, group, self.hyperparameters)
+        options.refuse_lookahead(type(self).__name__, group, looks_ahead=self.looks_ahead)
         self.check_hyperparameters(group)
 
     def _warn_of_misspelt_keys(self, group: Mapping[str, Any]) -> None:
@@ -142,8 +143,8 @@ class AlphaOptimizer(Persistent):
     def agreement(self) -> dict[str, float]:
         """Coordinates of the whole model that agreed and conflicted in the last step, and their share of it.
 
-        dict(agree=int, conflict=int, evidence_fraction=float). The fraction is 0 until this process has stepped.
-        Synchronises.
+        dict(agree=int, conflict=int, evidence_fraction=float). The fraction is 0 until this process has stepped, and
+        all are 0 with gamma=1, where nothing is counted. Synchronises.
         """
         _, _, agree, conflict = self._adopt().state()
         return {"agree": int(agree), "conflict": int(conflict), "evidence_fraction": self._share(agree + conflict)}
@@ -151,13 +152,16 @@ class AlphaOptimizer(Persistent):
     def _share(self, evidence: float) -> float:
         return evidence / self._run.layout.numel if self._run.layout is not None and self._run.layout.numel else 0.0
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | None]:
         """The last step in numbers to log. Synchronises.
 
         dict(alpha, agreement, evidence, steps): alpha of the whole model also with scope="layer", the agreeing share
-        of the evidence (1 before the first step), the evidence's share of the model, and T.
+        of the evidence (1 before the first step), the evidence's share of the model, and T. With gamma=1 agreement and
+        evidence are None: nothing is counted.
         """
         steps, alpha, agree, conflict = self._adopt().state()
+        if not self._run.options.masked:
+            return {"alpha": alpha, "agreement": None, "evidence": None, "steps": steps}
         evidence = agree + conflict
         agreement = agree / evidence if evidence else 1.0
         return {"alpha": alpha, "agreement": agreement, "evidence": self._share(evidence), "steps": steps}
@@ -185,7 +189,7 @@ class AlphaOptimizer(Persistent):
         if driver is None:
             parameters.refuse_part_of_model(self)
         step = Step(self, parameters.current_layout(self) if driver is None else driver.layout)
-        if self._run.options.sync == "exact":
+        if step.may("count"):
             step.count()
         step.update()
         step.close()

@@ -170,7 +170,10 @@ class FamilyOptions:
     """The options that all optimizers of the family take. They hold for the whole optimizer.
 
     Args:
-        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is the optimizer without masks.
+        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is the optimizer without masks, where
+            nothing is counted and no rank waits for another.
+        lookahead: c, 0 or more: the direction is (m^ + c g) / (1 + c) in place of the bias-corrected momentum m^, the
+            masks on top of it; AlphaAdam's alone.
         alpha_max: bound on alpha, 1 or more.
         threshold: tau; opposition weaker than tau * g^2 is no conflict. 0 compares signs only.
         alpha_warmup: number of steps over which the masks gain their strength.
@@ -201,6 +204,7 @@ class FamilyOptions:
     """
 
     gamma: float = _number(0.0, "it must be between 0 (hold conflicting coordinates) and 1 (no masks)", 0, 1)
+    lookahead: float = _number(0.0, "it must be 0 (none) or more", 0)
     alpha_max: float = _number(4.0, "it must be 1 or more", 1)
     threshold: float = _number(0.0, "it must be 0 or more (0 compares signs)", 0)
     alpha_warmup: int = _number(0, "it must be 0 (none) or a number of steps", 0)
@@ -252,6 +256,16 @@ class FamilyOptions:
                 "capturable=True with fused=False: only the fast kernels can be captured, leave fused=None"
             )
 
+    @property
+    def masked(self) -> bool:
+        """Whether the masks change anything, so that they are counted."""
+        return self.gamma < 1
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether a step must have read every gradient before it updates any parameter."""
+        return (self.masked and self.sync == "exact") or self.clip_norm is not None
+
     @classmethod
     def of(cls, group: Mapping[str, Any], **others: Any) -> Self:
         """Those in a parameter group, and others that groups do not have. What an older group lacks has its default."""
@@ -266,6 +280,7 @@ class Options(TypedDict, total=False):
     """``FamilyOptions`` for type checkers, which cannot read it from there."""
 
     gamma: float
+    lookahead: float
     alpha_max: float
     threshold: float
     alpha_warmup: int
@@ -325,6 +340,15 @@ def check_group(kind: str, group: dict[str, Any], hyperparameters: Iterable[str]
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group: it holds for all groups, so give it to {kind}(...)"
             )
+
+
+def refuse_lookahead(kind: str, group: Mapping[str, Any], *, looks_ahead: bool) -> None:
+    """Raise ValueError where a group asks for a look-ahead that an optimizer class ``kind`` has not."""
+    if group.get("lookahead") and not looks_ahead:
+        raise ValueError(
+            f"lookahead={group['lookahead']!r}: {kind} has none, AlphaAdam alone has (AlphaSGD has nesterov). Leave it "
+            "out, or give 0"
+        )
 
 
 def refuse_unserved(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

@@ -8,11 +8,12 @@ The numbers, all float64 on the layout's device:
     _buffer (2 * rows [+ 1],)  what one step sends: agree and conflict of row 0, of row 1, ...; then, with clip_norm,
                                the squared norm of the whole model's gradient. One row with scope="global" (16 bytes, 24
                                with clip_norm), one a parameter with "layer". Zeroed by open, added to by add and
-                               add_norms, all-reduced by reduce or close.
+                               add_norms, all-reduced by reduce or close. With gamma=1 the norm alone, or nothing.
     _alpha (rows,)             alpha of each row in the open step or else the last. Read by strengths.
     _strengths (rows, 2)       what strengths made of these two in the open step; None until then.
     _applied ()                T of the open step, itself included. Read by strengths, for alpha_warmup.
-    _memory (4,)               [T, alpha, A, C] after the last step that had evidence: what checkpoints carry.
+    _memory (4,)               [T, alpha, A, C] after the last step that had evidence: what checkpoints carry. With
+                               gamma=1 [T, 1, 0, 0].
     _squared_norm ()           of the open step, once it is known. Read by clip_coefficient.
 """
 
@@ -55,11 +56,13 @@ class Statistics:
             self._memory, self._alpha = self._memory.to(layout.device), self._alpha.to(layout.device)
             if len(self._alpha) != layout.rows:
                 self._alpha = torch.ones(layout.rows, dtype=torch.float64, device=layout.device)
-        with_norm = self.options.clip_norm is not None
-        self._buffer = torch.zeros(2 * layout.rows + with_norm, dtype=torch.float64, device=layout.device)
+        numbers = 2 * layout.rows * self.options.masked + (self.options.clip_norm is not None)
+        self._buffer = torch.zeros(numbers, dtype=torch.float64, device=layout.device)
         self._squared_norm = self._strengths = None
         self._applied = self._memory[0] + 1
-        if self.options.sync == "delayed":
+        if not self.options.masked:
+            self._alpha.fill_(1.0)
+        elif self.options.sync == "delayed":
             self._alpha = self._alpha_of(self._memory[2:])
 
     def add(self, segments: tuple[Segment, ...], counts: Tensor) -> None:
@@ -79,7 +82,10 @@ class Statistics:
             self._buffer[-1].add_((squared_norms.to(self.layout.device) * owned).sum())
 
     def reduce_norm(self) -> None:
-        """All-reduce the norm by itself: a threshold must know the clipped gradient before it can count."""
+        """All-reduce the norm by itself: a threshold must know the clipped gradient before it can count.
+
+        With gamma=1 there is nothing else.
+        """
         norm = self._buffer[-1:].clone()
         self._buffer[-1] = 0
         self._all_reduce(norm)
@@ -98,9 +104,17 @@ class Statistics:
             counts, alpha[0] if self.options.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0]
         )
 
-    def close(self) -> None:
-        """A delayed step ends: send its counts off, to be awaited when the next step opens."""
-        self._in_flight = self._buffer, self._all_reduce(self._buffer, async_op=True)
+    def close(self, counts: bool) -> None:
+        """The step ends. A delayed one sends its counts off, to be awaited when the next step opens.
+
+        ``counts``: T goes on, where no evidence says so.
+        """
+        if not self.options.masked:
+            self._memory[0] += counts
+            self._memory[1] = 1.0
+            self._memory[2:] = 0.0
+        elif self.options.sync == "delayed":
+            self._in_flight = self._buffer, self._all_reduce(self._buffer, async_op=True)
 
     def settle(self) -> None:
         """Await counts in flight and remember them. Starts no collective."""
