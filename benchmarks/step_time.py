@@ -79,6 +79,8 @@ OURS: dict[str, dict[str, Any]] = {
     "layer": {"scope": "layer"},
     "threshold": {"threshold": 1 / 9},
     "threshold, delayed": {"threshold": 1 / 9, "sync": "delayed"},
+    "gamma=1": {"gamma": 1.0},
+    "gamma=1, look-ahead": {"gamma": 1.0, "lookahead": 0.25},
 }
 
 

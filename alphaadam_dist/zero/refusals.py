@@ -10,7 +10,6 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ..optimizer import AlphaOptimizer
-from ..options import FamilyOptions
 from . import older
 
 Refusal = tuple[bool, str, str]
@@ -145,7 +144,7 @@ def _of_the_offload(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]
         "the part kept on the GPU is stepped by another optimizer: set ratio to 1.0",
     )
     yield (
-        offload is not None and offload.device == "nvme" and FamilyOptions.of(optimizer.defaults).reads_first,
+        offload is not None and offload.device == "nvme" and optimizer.defaults["sync"] == "exact",
         "zero_optimization.offload_optimizer.device='nvme' with sync='exact'",
         "counting before the update would read every state from disk twice: set sync='delayed'",
     )

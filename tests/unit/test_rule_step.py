@@ -211,6 +211,24 @@ def test_the_mask_multiplies_what_looks_ahead() -> None:
         assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_the_hard_mask_resembles_look_ahead() -> None:
+    """Gradients of noise alone: fitted by m and g, four fifths of the masked step are theirs, as the page says."""
+    generator = torch.Generator().manual_seed(0)
+    m, beta1 = torch.zeros(100_000), SAME["betas"][0]
+    for _ in range(100):
+        grad, before = torch.randn(m.shape, generator=generator), m.clone()
+        m.lerp_(grad, 1 - beta1)
+    agree, conflict = rule.classify(grad, before)
+    counts = agree.sum().double(), conflict.sum().double()
+    alpha = rule.alpha_from_counts(*counts, gamma=0.0, alpha_max=4.0)
+    step = rule.factor(agree, conflict, alpha, torch.zeros(()), m.dtype) * m
+    both = torch.stack((m, grad), dim=1)
+    weights = torch.linalg.lstsq(both, step[:, None]).solution[:, 0]
+    explained = 1 - (step - both @ weights).square().sum() / step.square().sum()
+    assert weights.tolist() == pytest.approx([1.31, 0.099], abs=0.01)
+    assert float(explained) == pytest.approx(0.80, abs=0.01)
+
+
 # ---- (3) the scale of the gradients
 
 
