@@ -157,14 +157,21 @@ class AlphaOptimizer(Persistent):
 
         dict(alpha, agreement, evidence, steps): alpha of the whole model also with scope="layer", the agreeing share
         of the evidence (1 before the first step), the evidence's share of the model, and T. With gamma=1 agreement and
-        evidence are None: nothing is counted.
+        evidence are None: nothing is counted. With clip_norm or skip_nonfinite also grad_norm, the norm of the whole
+        model's gradient before clipping (None before the first step), with skip_nonfinite skipped, how many steps of
+        this process were left out.
         """
-        steps, alpha, agree, conflict = self._adopt().state()
-        if not self._run.options.masked:
-            return {"alpha": alpha, "agreement": None, "evidence": None, "steps": steps}
-        evidence = agree + conflict
-        agreement = agree / evidence if evidence else 1.0
-        return {"alpha": alpha, "agreement": agreement, "evidence": self._share(evidence), "steps": steps}
+        statistics = self._adopt()
+        steps, alpha, agree, conflict = statistics.state()
+        chosen, evidence = self._run.options, agree + conflict
+        found: dict[str, float | None] = {"alpha": alpha, "agreement": None, "evidence": None, "steps": steps}
+        if chosen.masked:
+            found |= {"agreement": agree / evidence if evidence else 1.0, "evidence": self._share(evidence)}
+        if chosen.with_norm:
+            found["grad_norm"] = statistics.norm()
+        if chosen.skip_nonfinite:
+            found["skipped"] = float(statistics.skipped)
+        return found
 
     # ---- the step -------------------------------------------------------------------------------------------------
 

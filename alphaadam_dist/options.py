@@ -181,6 +181,8 @@ class FamilyOptions:
         sync: "exact": this step's counts make this step's alpha; "delayed": the last step's do, which costs no extra
             pass over memory and hides the communication.
         clip_norm: clip gradients by their global L2 norm inside the step; exact only.
+        skip_nonfinite: leave out a step whose gradients, all together, have a norm that is NaN or infinite, on all
+            ranks; exact only. The norm travels with the counts; one number is read on the host in every step.
         sharding: what plain tensors are: "replicated": whole on every rank; "sharded": a different part of the
             parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
         process_group: the ranks that hold the model. By default all; it must be given for FSDP1, pipeline stages, and
@@ -213,6 +215,7 @@ class FamilyOptions:
     clip_norm: float | None = _number(
         None, "it must be more than 0, or None for no clipping", math.ulp(0.0), or_none=True
     )
+    skip_nonfinite: bool = _flag()
     sharding: str = _choice("auto", "replicated", "sharded")
     process_group: dist.ProcessGroup | None = None
     fused: bool | None = field(default=None, metadata={"check": _check_fused})
@@ -235,6 +238,12 @@ class FamilyOptions:
             raise ValueError(
                 f"sync='delayed' with clip_norm={self.clip_norm!r}: clipping needs this step's norm before the update, "
                 "which is the all-reduce that delayed avoids. Use sync='exact', or clip before step()"
+            )
+        if self.skip_nonfinite and (self.sync == "delayed" or self.capturable):
+            other = "sync='delayed'" if self.sync == "delayed" else "capturable=True"
+            raise ValueError(
+                f"skip_nonfinite=True with {other}: whether a step is left out must be known on the host before the "
+                "update begins. Use sync='exact' and capturable=False, or leave skip_nonfinite out"
             )
         if self.capturable and self.sync == "delayed":
             raise ValueError(
@@ -262,9 +271,14 @@ class FamilyOptions:
         return self.gamma < 1
 
     @property
+    def with_norm(self) -> bool:
+        """Whether a step takes the norm of the whole model's gradient."""
+        return self.clip_norm is not None or self.skip_nonfinite
+
+    @property
     def reads_first(self) -> bool:
         """Whether a step must have read every gradient before it updates any parameter."""
-        return (self.masked and self.sync == "exact") or self.clip_norm is not None
+        return (self.masked and self.sync == "exact") or self.with_norm
 
     @classmethod
     def of(cls, group: Mapping[str, Any], **others: Any) -> Self:
@@ -287,6 +301,7 @@ class Options(TypedDict, total=False):
     scope: str
     sync: str
     clip_norm: float | None
+    skip_nonfinite: bool
     sharding: str
     process_group: dist.ProcessGroup | None
     fused: bool | None

@@ -239,12 +239,27 @@ class Memory:
     n: int = 0
 
 
+def _norm(present: list[tuple[Coordinates, Tensor]]) -> Tensor:
+    """The L2 norm of all gradients together, 0-dim float64."""
+    squares = [g.double().square().sum() for _, g in present]
+    return sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
+
+
 def _clipped(present: list[tuple[Coordinates, Tensor]], clip_norm: float) -> list[tuple[Coordinates, Tensor]]:
     """Parameters and gradients, these scaled to a global L2 norm of at most ``clip_norm``."""
-    squares = [g.double().square().sum() for _, g in present]
-    norm = sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
-    coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    coefficient = (clip_norm / (_norm(present) + 1e-6)).clamp(max=1.0)
     return [(c, g * coefficient.to(g.dtype)) for c, g in present]
+
+
+def _remember(memory: Memory, counts: Tensor, alpha: Tensor, gamma: float, moved: bool) -> None:
+    """A step has been applied, with these counts of the whole model, float64 (2,), and this alpha. Mutates memory."""
+    memory.n += moved
+    if gamma == 1:
+        memory.applied += moved
+        memory.alpha, memory.agree, memory.conflict = 1.0, 0.0, 0.0
+    elif counts.sum() > 0:
+        memory.applied, memory.alpha = memory.applied + 1, float(alpha)
+        memory.agree, memory.conflict = (float(x) for x in counts)
 
 
 def step_(
@@ -252,7 +267,7 @@ def step_(
     direction: Callable[..., None] = adam_, *,
     gamma: float = 0.0, alpha_max: float = 4.0, threshold: float = 0.0, alpha_warmup: int = 0, scope: str = "global",
     sync: str = "exact", clip_norm: float | None = None, maximize: bool = False,
-    state_dtype: str | None = None, rounding_seed: int = 0, lookahead: float = 0.0,
+    state_dtype: str | None = None, rounding_seed: int = 0, lookahead: float = 0.0, skip_nonfinite: bool = False,
 ) -> list[float]:  # fmt: skip
     """One whole step of the rule over all parameters of a model, in one process. Mutates model and memory.
 
@@ -260,7 +275,8 @@ def step_(
     parameter was updated with. ``sync="delayed"`` takes alpha from the counts of the step before. A gradient None
     means no evidence, no update, no decay; a step without any evidence leaves memory as it is, but for n. With
     gamma = 1 nothing is counted. ``clip_norm`` scales the gradients by min(1, clip_norm / (global L2 norm + 1e-6))
-    first, as torch's clip_grad_norm_ does.
+    first, as torch's clip_grad_norm_ does. ``skip_nonfinite``: where that norm is NaN or infinite nothing happens and
+    nothing is returned.
     ``state_dtype="bfloat16"``: moments are bf16, parameters bf16 or fp32; all is computed in fp32, and what is bf16 is
     rounded as rounding.py says. ``lookahead`` is what :func:`adam_` takes; 0 for the others.
     """
@@ -268,6 +284,8 @@ def step_(
     present = [(c, -g if maximize else g) for c, g in zip(model, grads, strict=True) if g is not None]
     if state_dtype is not None:
         present = [(c, g.float()) for c, g in present]
+    if skip_nonfinite and not _norm(present).isfinite():
+        return []
     if clip_norm is not None:
         present = _clipped(present, clip_norm)
 
@@ -298,12 +316,5 @@ def step_(
             rounded_(direction, c.param, g, c.moments, by, rounding, 0, **c.hyperparameters, **ahead)
 
     moved = memory.n > 0 or any(float(c.hyperparameters["lr"]) != 0 for c in model)
-    if moved:
-        memory.n = n
-    if gamma == 1:
-        memory.applied += moved
-        memory.alpha, memory.agree, memory.conflict = 1.0, 0.0, 0.0
-    elif total.sum() > 0:
-        memory.applied, memory.alpha = float(applied), float(alpha)
-        memory.agree, memory.conflict = (float(x) for x in total)
+    _remember(memory, total, alpha, gamma, moved)
     return [float(a) for a in per_parameter]

@@ -70,7 +70,9 @@ class Step:
         gradients: Iterable[tuple[Tensor, Sequence[Tensor]]] | None = None,
         scale: Tensor | float | None = None,
     ) -> None:
-        """Count the masks of the whole model, and take its norm where it is clipped, and reduce them. Collective.
+        """Count the masks of the whole model, take its norm where an option needs it, reduce both. Collective.
+
+        Where the norm is not finite and ``skip_nonfinite`` says so, the acts that follow do nothing.
 
         Args:
             gradients: for every optimizer parameter of this rank that has one its gradient, as tensors that concatenate
@@ -91,20 +93,21 @@ class Step:
             for param, tensors in gradients:
                 momentum = local(self._state(param)[self._optimizer.moments[0]])
                 owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
-        threshold, clip = self._options.threshold, self._options.clip_norm is not None
-        wide = self._options.state_dtype is not None
+        chosen, wide = self._options, self._options.state_dtype is not None
         lists = by_device(owned, self._layout)
-        if clip and (threshold > 0 or not self._options.masked):
+        # a threshold must know the clipped gradient, and with gamma=1 there is nothing but the norm
+        norm_first = chosen.with_norm and not (chosen.masked and (chosen.threshold == 0 or chosen.clip_norm is None))
+        if norm_first:
             for segments, grads, momenta in lists:
                 self._statistics.add_norms(segments, squared_norms(grads, momenta, wide=wide))
             self._statistics.reduce_norm()
-            scale = self._statistics.clip_coefficient()
-        if not self._options.masked:
+            scale = scale if chosen.clip_norm is None else self._statistics.clip_coefficient()
+        if not chosen.masked or self._statistics.skipping:
             return
         for segments, grads, momenta in lists:
             counts, norms = self._kernels(grads).count(
-                grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0,
-                wide=wide,
+                grads, momenta, threshold=chosen.threshold, scale=self._directed(scale),
+                norms=chosen.with_norm and not norm_first, wide=wide,
             )  # fmt: skip
             if norms is not None:
                 self._statistics.add_norms(segments, norms)
@@ -128,6 +131,8 @@ class Step:
             RuntimeError: out of order.
         """
         self._advance("update", "updated")
+        if self._statistics.skipping:
+            return
         optimizer, chosen = self._optimizer, self._options
         held, self._held = self._local_tensors(parts) if self._held is None else self._held, None
         self._stepped = self._stepped or bool(held)
@@ -156,6 +161,8 @@ class Step:
         Raises RuntimeError out of order.
         """
         self._advance("close", "closed")
+        if self._statistics.skipping:
+            return
         counts = self._optimizer._run.count_step(self._optimizer.param_groups)
         self._statistics.close(counts)
         parameters.note_gradients(self._optimizer, self._layout, self._stepped)
