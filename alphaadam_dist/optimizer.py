@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from . import one_model, options, parameters, torch_versions
+from . import group_agreement, one_model, options, parameters, torch_versions
 from .eager import eager
 from .import_hook import when_imported
 from .in_backward import StepInBackward
@@ -172,6 +172,36 @@ class AlphaOptimizer(Persistent):
         if chosen.skip_nonfinite:
             found["skipped"] = float(statistics.skipped)
         return found
+
+    @torch.no_grad()
+    def agreement_by_group(self) -> list[dict[str, float]]:
+        """How far the gradients that are there now agree with the momentum, for each parameter group in its order.
+
+        To be asked on all ranks, between a backward and its step: one pass over memory and one all-reduce, 16 bytes a
+        group. Collective where the model is sharded; synchronises, and changes nothing.
+
+        Returns:
+            dict(agree=int, conflict=int, agreement=float): the agreeing share is 1 where a group has no evidence.
+
+        Raises:
+            ValueError: the gradients are not in the parameters, or the threshold would need them clipped.
+        """
+        self._adopt()
+        chosen, kind = self._run.options, type(self).__name__
+        if self._run.driver is not None or self._run.in_backward is not None:
+            where = "under DeepSpeed" if self._run.driver is not None else "with step_in_backward"
+            raise ValueError(
+                f"agreement_by_group() of a {kind} {where}, where gradients are not left in the parameters: read "
+                "metrics(), which is the whole model's"
+            )
+        if chosen.clip_norm is not None and chosen.threshold > 0:
+            raise ValueError(
+                f"agreement_by_group() with clip_norm={chosen.clip_norm!r} and threshold={chosen.threshold!r}: the "
+                "threshold compares clipped gradients, which only the step knows. Leave one of them out"
+            )
+        self._run.layout = parameters.current_layout(self)
+        counts = group_agreement.counts_by_group(self, self._run.layout).tolist()
+        return [{"agree": int(a), "conflict": int(c), "agreement": a / (a + c) if a + c else 1.0} for a, c in counts]
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
