@@ -210,13 +210,18 @@ def test_agreement_and_alpha_against_hand_counts() -> None:
 @modes
 def test_metrics_are_the_same_numbers(mode: str) -> None:
     optimizer = AlphaAdam([nn.Parameter(p) for p in tensors(0)], **MODES[mode])
-    assert optimizer.metrics() == {"alpha": 1.0, "agreement": 1.0, "evidence": 0.0, "steps": 0.0}
+    norm: dict[str, Any] = {"grad_norm": None} if "clipped" in mode else {}
+    assert optimizer.metrics() == {"alpha": 1.0, "agreement": 1.0, "evidence": 0.0, "steps": 0.0, **norm}
     for grads in gradients(4):
         step_with(optimizer, grads)
+    if norm:
+        squares = [grad.double().square().sum() for grad in grads if grad is not None]
+        norm["grad_norm"] = pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-6)
     steps, alpha, agree, conflict = memory_of(optimizer)
     numel = sum(p.numel() for p in parameters_of(optimizer))
     assert optimizer.metrics() == {
-        "alpha": alpha, "agreement": agree / (agree + conflict), "evidence": (agree + conflict) / numel, "steps": steps
+        "alpha": alpha, "agreement": agree / (agree + conflict), "evidence": (agree + conflict) / numel, "steps": steps,
+        **norm,
     }  # fmt: skip
     assert steps == 4.0
     assert conflict > 0
