@@ -33,6 +33,7 @@ class AlphaAdam(AlphaOptimizer):
     direction = staticmethod(rule.adam_)
     moments = ("exp_avg", "exp_avg_sq")
     counts_steps = True
+    looks_ahead = True
     hyperparameters = ("lr", "betas", "eps", "weight_decay")
     fixed: ClassVar = {"amsgrad": False, "decoupled_weight_decay": True}
 

@@ -301,11 +301,13 @@ def _refuse(optimizer: Persistent, model: Module) -> None:
 
 def _refuse_options(optimizer: Persistent) -> None:
     """Raise ValueError where a step needs the gradients of the whole model before it can begin."""
+    optimizer._adopt()  # somebody may have changed the defaults
     options = optimizer._run.options
-    if optimizer.defaults["sync"] == "delayed":
+    if not options.reads_first:
         return
-    needs = f"clip_norm={options.clip_norm!r}" if options.clip_norm is not None else "sync='exact'"
-    also = ", and no clip_norm" if options.clip_norm is not None else ""
+    asked = {"clip_norm": options.clip_norm, "skip_nonfinite": options.skip_nonfinite or None}
+    name, value = next(((name, value) for name, value in asked.items() if value is not None), ("sync", "exact"))
+    needs, also = f"{name}={value!r}", "" if name == "sync" else f", and no {name}"
     raise ValueError(
         f"{needs} with step_in_backward: it needs the gradients of the whole model before the first parameter can "
         f"step, and they are freed one by one. Give sync='delayed'{also}, or call step() after backward"

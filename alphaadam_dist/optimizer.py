@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from . import one_model, options, parameters, torch_versions
+from . import group_agreement, one_model, options, parameters, torch_versions
 from .eager import eager
 from .import_hook import when_imported
 from .in_backward import StepInBackward
@@ -108,6 +108,7 @@ class AlphaOptimizer(Persistent):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check all values of a parameter group, and make numbers of other libraries Python's own."""
         options.check_group(type(self).__name__, group, self.hyperparameters)
+        options.refuse_lookahead(type(self).__name__, group, looks_ahead=self.looks_ahead)
         self.check_hyperparameters(group)
 
     def _warn_of_misspelt_keys(self, group: Mapping[str, Any]) -> None:
@@ -142,8 +143,8 @@ class AlphaOptimizer(Persistent):
     def agreement(self) -> dict[str, float]:
         """Coordinates of the whole model that agreed and conflicted in the last step, and their share of it.
 
-        dict(agree=int, conflict=int, evidence_fraction=float). The fraction is 0 until this process has stepped.
-        Synchronises.
+        dict(agree=int, conflict=int, evidence_fraction=float). The fraction is 0 until this process has stepped, and
+        all are 0 with gamma=1, where nothing is counted. Synchronises.
         """
         _, _, agree, conflict = self._adopt().state()
         return {"agree": int(agree), "conflict": int(conflict), "evidence_fraction": self._share(agree + conflict)}
@@ -151,16 +152,56 @@ class AlphaOptimizer(Persistent):
     def _share(self, evidence: float) -> float:
         return evidence / self._run.layout.numel if self._run.layout is not None and self._run.layout.numel else 0.0
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | None]:
         """The last step in numbers to log. Synchronises.
 
         dict(alpha, agreement, evidence, steps): alpha of the whole model also with scope="layer", the agreeing share
-        of the evidence (1 before the first step), the evidence's share of the model, and T.
+        of the evidence (1 before the first step), the evidence's share of the model, and T. With gamma=1 agreement and
+        evidence are None: nothing is counted. With clip_norm or skip_nonfinite also grad_norm, the norm of the whole
+        model's gradient before clipping (None before the first step), with skip_nonfinite skipped, how many steps of
+        this process were left out.
         """
-        steps, alpha, agree, conflict = self._adopt().state()
-        evidence = agree + conflict
-        agreement = agree / evidence if evidence else 1.0
-        return {"alpha": alpha, "agreement": agreement, "evidence": self._share(evidence), "steps": steps}
+        statistics = self._adopt()
+        steps, alpha, agree, conflict = statistics.state()
+        chosen, evidence = self._run.options, agree + conflict
+        found: dict[str, float | None] = {"alpha": alpha, "agreement": None, "evidence": None, "steps": steps}
+        if chosen.masked:
+            found |= {"agreement": agree / evidence if evidence else 1.0, "evidence": self._share(evidence)}
+        if chosen.with_norm:
+            found["grad_norm"] = statistics.norm()
+        if chosen.skip_nonfinite:
+            found["skipped"] = float(statistics.skipped)
+        return found
+
+    @torch.no_grad()
+    def agreement_by_group(self) -> list[dict[str, float]]:
+        """How far the gradients that are there now agree with the momentum, for each parameter group in its order.
+
+        To be asked on all ranks, between a backward and its step: one pass over memory and one all-reduce, 16 bytes a
+        group. Collective where the model is sharded; synchronises, and changes nothing.
+
+        Returns:
+            dict(agree=int, conflict=int, agreement=float): the agreeing share is 1 where a group has no evidence.
+
+        Raises:
+            ValueError: the gradients are not in the parameters, or the threshold would need them clipped.
+        """
+        self._adopt()
+        chosen, kind = self._run.options, type(self).__name__
+        if self._run.driver is not None or self._run.in_backward is not None:
+            where = "under DeepSpeed" if self._run.driver is not None else "with step_in_backward"
+            raise ValueError(
+                f"agreement_by_group() of a {kind} {where}, where gradients are not left in the parameters: read "
+                "metrics(), which is the whole model's"
+            )
+        if chosen.clip_norm is not None and chosen.threshold > 0:
+            raise ValueError(
+                f"agreement_by_group() with clip_norm={chosen.clip_norm!r} and threshold={chosen.threshold!r}: the "
+                "threshold compares clipped gradients, which only the step knows. Leave one of them out"
+            )
+        self._run.layout = parameters.current_layout(self)
+        counts = group_agreement.counts_by_group(self, self._run.layout).tolist()
+        return [{"agree": int(a), "conflict": int(c), "agreement": a / (a + c) if a + c else 1.0} for a, c in counts]
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -185,7 +226,7 @@ class AlphaOptimizer(Persistent):
         if driver is None:
             parameters.refuse_part_of_model(self)
         step = Step(self, parameters.current_layout(self) if driver is None else driver.layout)
-        if self._run.options.sync == "exact":
+        if step.may("count"):
             step.count()
         step.update()
         step.close()

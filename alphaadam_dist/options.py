@@ -170,7 +170,10 @@ class FamilyOptions:
     """The options that all optimizers of the family take. They hold for the whole optimizer.
 
     Args:
-        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is the optimizer without masks.
+        gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is the optimizer without masks, where
+            nothing is counted and no rank waits for another.
+        lookahead: c, 0 or more: the direction is (m^ + c g) / (1 + c) in place of the bias-corrected momentum m^, the
+            masks on top of it; AlphaAdam's alone.
         alpha_max: bound on alpha, 1 or more.
         threshold: tau; opposition weaker than tau * g^2 is no conflict. 0 compares signs only.
         alpha_warmup: number of steps over which the masks gain their strength.
@@ -178,6 +181,8 @@ class FamilyOptions:
         sync: "exact": this step's counts make this step's alpha; "delayed": the last step's do, which costs no extra
             pass over memory and hides the communication.
         clip_norm: clip gradients by their global L2 norm inside the step; exact only.
+        skip_nonfinite: leave out a step whose gradients, all together, have a norm that is NaN or infinite, on all
+            ranks; exact only. The norm travels with the counts; one number is read on the host in every step.
         sharding: what plain tensors are: "replicated": whole on every rank; "sharded": a different part of the
             parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
         process_group: the ranks that hold the model. By default all; it must be given for FSDP1, pipeline stages, and
@@ -201,6 +206,7 @@ class FamilyOptions:
     """
 
     gamma: float = _number(0.0, "it must be between 0 (hold conflicting coordinates) and 1 (no masks)", 0, 1)
+    lookahead: float = _number(0.0, "it must be 0 (none) or more", 0)
     alpha_max: float = _number(4.0, "it must be 1 or more", 1)
     threshold: float = _number(0.0, "it must be 0 or more (0 compares signs)", 0)
     alpha_warmup: int = _number(0, "it must be 0 (none) or a number of steps", 0)
@@ -209,6 +215,7 @@ class FamilyOptions:
     clip_norm: float | None = _number(
         None, "it must be more than 0, or None for no clipping", math.ulp(0.0), or_none=True
     )
+    skip_nonfinite: bool = _flag()
     sharding: str = _choice("auto", "replicated", "sharded")
     process_group: dist.ProcessGroup | None = None
     fused: bool | None = field(default=None, metadata={"check": _check_fused})
@@ -232,6 +239,12 @@ class FamilyOptions:
                 f"sync='delayed' with clip_norm={self.clip_norm!r}: clipping needs this step's norm before the update, "
                 "which is the all-reduce that delayed avoids. Use sync='exact', or clip before step()"
             )
+        if self.skip_nonfinite and (self.sync == "delayed" or self.capturable):
+            other = "sync='delayed'" if self.sync == "delayed" else "capturable=True"
+            raise ValueError(
+                f"skip_nonfinite=True with {other}: whether a step is left out must be known on the host before the "
+                "update begins. Use sync='exact' and capturable=False, or leave skip_nonfinite out"
+            )
         if self.capturable and self.sync == "delayed":
             raise ValueError(
                 "capturable=True with sync='delayed': a CUDA graph cannot await the all-reduce of the step before. Use "
@@ -252,6 +265,21 @@ class FamilyOptions:
                 "capturable=True with fused=False: only the fast kernels can be captured, leave fused=None"
             )
 
+    @property
+    def masked(self) -> bool:
+        """Whether the masks change anything, so that they are counted."""
+        return self.gamma < 1
+
+    @property
+    def with_norm(self) -> bool:
+        """Whether a step takes the norm of the whole model's gradient."""
+        return self.clip_norm is not None or self.skip_nonfinite
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether a step must have read every gradient before it updates any parameter."""
+        return (self.masked and self.sync == "exact") or self.with_norm
+
     @classmethod
     def of(cls, group: Mapping[str, Any], **others: Any) -> Self:
         """Those in a parameter group, and others that groups do not have. What an older group lacks has its default."""
@@ -266,12 +294,14 @@ class Options(TypedDict, total=False):
     """``FamilyOptions`` for type checkers, which cannot read it from there."""
 
     gamma: float
+    lookahead: float
     alpha_max: float
     threshold: float
     alpha_warmup: int
     scope: str
     sync: str
     clip_norm: float | None
+    skip_nonfinite: bool
     sharding: str
     process_group: dist.ProcessGroup | None
     fused: bool | None
@@ -325,6 +355,15 @@ def check_group(kind: str, group: dict[str, Any], hyperparameters: Iterable[str]
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group: it holds for all groups, so give it to {kind}(...)"
             )
+
+
+def refuse_lookahead(kind: str, group: Mapping[str, Any], *, looks_ahead: bool) -> None:
+    """Raise ValueError where a group asks for a look-ahead that an optimizer class ``kind`` has not."""
+    if group.get("lookahead") and not looks_ahead:
+        raise ValueError(
+            f"lookahead={group['lookahead']!r}: {kind} has none, AlphaAdam alone has (AlphaSGD has nesterov). Leave it "
+            "out, or give 0"
+        )
 
 
 def refuse_unserved(kind: str, group: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

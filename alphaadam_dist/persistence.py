@@ -75,10 +75,11 @@ class Run:
     n: int = 0
     published_rounding: list[int] | None = None
 
-    def count_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """A step has been applied. Not one with which torch's checkpoints make state: the first ones at a rate of 0."""
-        if self.n > 0 or any(_moves(group["lr"]) for group in groups):
-            self.n += 1
+    def count_step(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """A step has been applied. Whether it counts: torch's checkpoints make state by first ones at a rate of 0."""
+        counts = self.n > 0 or any(_moves(group["lr"]) for group in groups)
+        self.n += counts
+        return counts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         """That of the owner's copy: a run of its own, for the wrapper's copy as well."""
@@ -99,6 +100,8 @@ class Persistent(Optimizer):
     """The state tensors of a parameter, each of its shape. The masks compare the gradient with the first."""
     counts_steps: ClassVar[bool] = False
     """Whether the state has ``step``, the number of the parameter's updates, and the direction takes it."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether the direction takes the option ``lookahead``. Where it does not, any but 0 is refused."""
     hyperparameters: ClassVar[tuple[str, ...]]
     """What each parameter group may have of its own and the direction takes; "lr" and "weight_decay" among them.
 
@@ -186,6 +189,7 @@ class Persistent(Optimizer):
         """The statistics, after taking over what somebody put into the defaults and the parameter groups."""
         changed = {name: self.defaults[name] for name in options.IN_GROUPS}
         if changed != self._run.options.in_groups():
+            options.refuse_lookahead(type(self).__name__, changed, looks_ahead=self.looks_ahead)
             self._run.options = replace(self._run.options, **changed)
         if self._run.statistics is None:
             self._run.statistics = Statistics(self._run.options)

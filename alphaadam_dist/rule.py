@@ -21,15 +21,18 @@ With g the true gradient (unscaled, clipped, negated first to maximize) and m th
     p -= lr * f * d                                   d is the direction of the optimizer, which updates its moments:
 
     AdamW   m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
-            d = m / (1 - beta1^t) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+            d = m^ / (sqrt(v) / sqrt(1 - beta2^t) + eps),  m^ = m / (1 - beta1^t);  with lookahead = c
+            d = (m^ + c g) / (1 + c) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     Lion    d = sign(m + (1 - beta1) (g - m));  then  m += (1 - beta2) (g - m)
     SGD     m = momentum * m + g;  d = m, or with nesterov  g + momentum * m
 
 What follows from it, each a test: the mean of f over the evidence is 1 (while alpha_max is not met), so the
 learning rate carries over. Without conflict, with gamma = 1, and on the first step it is torch.optim.AdamW or SGD bit
-for bit. At threshold 0 only signs enter A and C, so neither loss scale nor clipping changes them and their sums are
-integers, the same in any order and under any sharding. f multiplies and never selects, so NaN and inf go where they
-go in torch's. docs/algorithm.md says what is known about all this and what is not.
+for bit (but for look-ahead). With gamma = 1 every f is 1, so nothing is counted: alpha = 1, A = C = 0, and T counts all
+steps, with evidence or without, from the first whose learning rate is not 0. At threshold 0 only signs enter A and C,
+so neither loss scale nor clipping changes them and their sums are integers, the same in any order and under any
+sharding. f multiplies and never selects, so NaN and inf go where they go in torch's.
+docs/algorithm.md says what is known about all this and what is not.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,14 +94,14 @@ def decay_of(lr: float | Tensor, weight_decay: float) -> float:
     return float(1 - rate(lr) * weight_decay)
 
 
-def size_of(lr: float | Tensor, bias_correction: float = 1.0) -> float:
-    """What a direction is multiplied by: -lr / bias_correction."""
-    return float(-(rate(lr) / bias_correction))
+def size_of(lr: float | Tensor, divisor: float = 1.0) -> float:
+    """What a direction is multiplied by: -lr / divisor."""
+    return float(-(rate(lr) / divisor))
 
 
-def sizes_of(lr: float | Tensor, beta: float, steps: Sequence[float]) -> list[float]:
-    """:func:`size_of` for parameters at several steps, most of them at the same."""
-    sizes = {step: size_of(lr, 1 - beta**step) for step in set(steps)}
+def sizes_of(lr: float | Tensor, beta: float, steps: Sequence[float], lookahead: float = 0.0) -> list[float]:
+    """:func:`size_of` for Adam's parameters at several steps, most of them at the same."""
+    sizes = {step: size_of(lr, (1 - beta**step) * (1 + lookahead)) for step in set(steps)}
     return [sizes[step] for step in steps]
 
 
@@ -126,18 +129,21 @@ def adam_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    lookahead: float = 0.0,
 ) -> None:
     """One AdamW update (arXiv 1711.05101), the direction multiplied by ``f``. Mutates param, exp_avg and exp_avg_sq.
 
     ``step`` is t, this parameter's number of updates with this one counted. The operations and their order are those
-    of torch.optim.AdamW(foreach=False, fused=False), so f = 1 gives its bits.
+    of torch.optim.AdamW(foreach=False, fused=False), so f = 1 gives its bits. ``lookahead`` is c, 0 or more: the
+    direction's numerator is (m^ + c g) / (1 + c), written as (m + c (1 - beta1^t) g) / ((1 - beta1^t) (1 + c)).
     """
     beta1, beta2 = betas
     param.mul_(decay_of(lr, weight_decay))
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denom = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    param.addcdiv_(exp_avg * f, denom, value=size_of(lr, 1 - beta1**step))
+    ahead = add_scaled_(exp_avg.clone(), grad, lookahead * (1 - beta1**step)) if lookahead else exp_avg
+    param.addcdiv_(ahead * f, denom, value=size_of(lr, (1 - beta1**step) * (1 + lookahead)))
 
 
 def lion_(
@@ -222,7 +228,8 @@ class Coordinates:
 class Memory:
     """What a run carries from step to step beside the moments: T, and alpha, A and C of the last step with evidence.
 
-    ``n`` counts all steps, also those without evidence, from the first whose learning rate is not 0.
+    With gamma = 1 they are 1, 0 and 0, and T counts as n does: all steps, also those without evidence, from the first
+    whose learning rate is not 0.
     """
 
     applied: float = 0.0
@@ -232,12 +239,27 @@ class Memory:
     n: int = 0
 
 
+def _norm(present: list[tuple[Coordinates, Tensor]]) -> Tensor:
+    """The L2 norm of all gradients together, 0-dim float64."""
+    squares = [g.double().square().sum() for _, g in present]
+    return sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
+
+
 def _clipped(present: list[tuple[Coordinates, Tensor]], clip_norm: float) -> list[tuple[Coordinates, Tensor]]:
     """Parameters and gradients, these scaled to a global L2 norm of at most ``clip_norm``."""
-    squares = [g.double().square().sum() for _, g in present]
-    norm = sum(squares, torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
-    coefficient = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    coefficient = (clip_norm / (_norm(present) + 1e-6)).clamp(max=1.0)
     return [(c, g * coefficient.to(g.dtype)) for c, g in present]
+
+
+def _remember(memory: Memory, counts: Tensor, alpha: Tensor, gamma: float, moved: bool) -> None:
+    """A step has been applied, with these counts of the whole model, float64 (2,), and this alpha. Mutates memory."""
+    memory.n += moved
+    if gamma == 1:
+        memory.applied += moved
+        memory.alpha, memory.agree, memory.conflict = 1.0, 0.0, 0.0
+    elif counts.sum() > 0:
+        memory.applied, memory.alpha = memory.applied + 1, float(alpha)
+        memory.agree, memory.conflict = (float(x) for x in counts)
 
 
 def step_(
@@ -245,20 +267,25 @@ def step_(
     direction: Callable[..., None] = adam_, *,
     gamma: float = 0.0, alpha_max: float = 4.0, threshold: float = 0.0, alpha_warmup: int = 0, scope: str = "global",
     sync: str = "exact", clip_norm: float | None = None, maximize: bool = False,
-    state_dtype: str | None = None, rounding_seed: int = 0,
+    state_dtype: str | None = None, rounding_seed: int = 0, lookahead: float = 0.0, skip_nonfinite: bool = False,
 ) -> list[float]:  # fmt: skip
     """One whole step of the rule over all parameters of a model, in one process. Mutates model and memory.
 
     ``direction`` is :func:`adam_`, :func:`lion_`, :func:`sgd_` or another of their kind. Returns the alpha that each
     parameter was updated with. ``sync="delayed"`` takes alpha from the counts of the step before. A gradient None
-    means no evidence, no update, no decay; a step without any evidence leaves memory as it is. ``clip_norm`` scales
-    the gradients by min(1, clip_norm / (global L2 norm + 1e-6)) first, as torch's clip_grad_norm_ does.
+    means no evidence, no update, no decay; a step without any evidence leaves memory as it is, but for n. With
+    gamma = 1 nothing is counted. ``clip_norm`` scales the gradients by min(1, clip_norm / (global L2 norm + 1e-6))
+    first, as torch's clip_grad_norm_ does. ``skip_nonfinite``: where that norm is NaN or infinite nothing happens and
+    nothing is returned.
     ``state_dtype="bfloat16"``: moments are bf16, parameters bf16 or fp32; all is computed in fp32, and what is bf16 is
-    rounded as rounding.py says.
+    rounded as rounding.py says. ``lookahead`` is what :func:`adam_` takes; 0 for the others.
     """
+    ahead = {"lookahead": lookahead} if lookahead else {}
     present = [(c, -g if maximize else g) for c, g in zip(model, grads, strict=True) if g is not None]
     if state_dtype is not None:
         present = [(c, g.float()) for c, g in present]
+    if skip_nonfinite and not _norm(present).isfinite():
+        return []
     if clip_norm is not None:
         present = _clipped(present, clip_norm)
 
@@ -283,14 +310,11 @@ def step_(
             c.hyperparameters["step"] += 1
         by = factor(agree, conflict, f, f_conflict, g.dtype)
         if state_dtype is None:
-            direction(c.param, g, *c.moments, by, **c.hyperparameters)
+            direction(c.param, g, *c.moments, by, **c.hyperparameters, **ahead)
         else:
             rounding = Rounding(n, [key_of(rounding_seed, c.name)], [consecutive(0, g.numel())])
-            rounded_(direction, c.param, g, c.moments, by, rounding, 0, **c.hyperparameters)
+            rounded_(direction, c.param, g, c.moments, by, rounding, 0, **c.hyperparameters, **ahead)
 
-    if memory.n > 0 or any(float(c.hyperparameters["lr"]) != 0 for c in model):
-        memory.n = n
-    if total.sum() > 0:
-        memory.applied, memory.alpha = float(applied), float(alpha)
-        memory.agree, memory.conflict = (float(x) for x in total)
+    moved = memory.n > 0 or any(float(c.hyperparameters["lr"]) != 0 for c in model)
+    _remember(memory, total, alpha, gamma, moved)
     return [float(a) for a in per_parameter]

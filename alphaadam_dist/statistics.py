@@ -5,16 +5,20 @@ alpha however the model is sharded. Device values are read on the host only wher
 
 The numbers, all float64 on the layout's device:
 
-    _buffer (2 * rows [+ 1],)  what one step sends: agree and conflict of row 0, of row 1, ...; then, with clip_norm,
-                               the squared norm of the whole model's gradient. One row with scope="global" (16 bytes, 24
-                               with clip_norm), one a parameter with "layer". Zeroed by open, added to by add and
-                               add_norms, all-reduced by reduce or close.
+    _buffer (2 * rows [+ 1],)  what one step sends: agree and conflict of row 0, of row 1, ...; then, with clip_norm or
+                               skip_nonfinite, the squared norm of the whole model's gradient. One row with
+                               scope="global" (16 bytes, 24 with the norm), one a parameter with "layer", none with
+                               gamma=1. Zeroed by open, added to by add and add_norms, all-reduced by reduce or close.
     _alpha (rows,)             alpha of each row in the open step or else the last. Read by strengths.
     _strengths (rows, 2)       what strengths made of these two in the open step; None until then.
     _applied ()                T of the open step, itself included. Read by strengths, for alpha_warmup.
-    _memory (4,)               [T, alpha, A, C] after the last step that had evidence: what checkpoints carry.
-    _squared_norm ()           of the open step, once it is known. Read by clip_coefficient.
+    _memory (4,)               [T, alpha, A, C] after the last step that had evidence: what checkpoints carry. With
+                               gamma=1 [T, 1, 0, 0].
+    _squared_norm ()           of the open step, once it is known, or else of the last. Read by clip_coefficient and
+                               norm.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -38,6 +42,8 @@ class Statistics:
         self.options = options
         self.layout: Layout | None = None
         self.opened = 0  # steps of this process
+        self.skipped = 0  # of them, those left out by skip_nonfinite
+        self.skipping = False  # the open step is one of these
         self._memory = torch.tensor(INITIAL_STATE, dtype=torch.float64, device="cpu")
         self._alpha = torch.ones(1, dtype=torch.float64, device="cpu")
         self._applied = torch.ones((), dtype=torch.float64, device="cpu")
@@ -55,11 +61,14 @@ class Statistics:
             self._memory, self._alpha = self._memory.to(layout.device), self._alpha.to(layout.device)
             if len(self._alpha) != layout.rows:
                 self._alpha = torch.ones(layout.rows, dtype=torch.float64, device=layout.device)
-        with_norm = self.options.clip_norm is not None
-        self._buffer = torch.zeros(2 * layout.rows + with_norm, dtype=torch.float64, device=layout.device)
+        numbers = 2 * layout.rows * self.options.masked + self.options.with_norm
+        self._buffer = torch.zeros(numbers, dtype=torch.float64, device=layout.device)
         self._squared_norm = self._strengths = None
+        self.skipping = False
         self._applied = self._memory[0] + 1
-        if self.options.sync == "delayed":
+        if not self.options.masked:
+            self._alpha.fill_(1.0)
+        elif self.options.sync == "delayed":
             self._alpha = self._alpha_of(self._memory[2:])
 
     def add(self, segments: tuple[Segment, ...], counts: Tensor) -> None:
@@ -79,17 +88,22 @@ class Statistics:
             self._buffer[-1].add_((squared_norms.to(self.layout.device) * owned).sum())
 
     def reduce_norm(self) -> None:
-        """All-reduce the norm by itself: a threshold must know the clipped gradient before it can count."""
+        """All-reduce the norm by itself: a threshold must know the clipped gradient before it can count.
+
+        With gamma=1 there is nothing else.
+        """
         norm = self._buffer[-1:].clone()
         self._buffer[-1] = 0
         self._all_reduce(norm)
-        self._squared_norm = norm[0]
+        self._take_norm(norm[0])
 
     def reduce(self) -> None:
-        """All-reduce the open step's counts, take its alpha from them and remember both."""
+        """All-reduce the open step's counts, take its alpha from them and remember both, unless it is left out."""
         self._all_reduce(self._buffer)
-        if self.options.clip_norm is not None and self._squared_norm is None:
-            self._squared_norm = self._buffer[-1]
+        if self.options.with_norm and self._squared_norm is None:
+            self._take_norm(self._buffer[-1])
+        if self.skipping:
+            return
         counts = self._counts(self._buffer)
         alpha = self._alpha_of(counts)
         self._alpha.copy_(torch.where(counts.sum() > 0, alpha, self._alpha))
@@ -98,9 +112,23 @@ class Statistics:
             counts, alpha[0] if self.options.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0]
         )
 
-    def close(self) -> None:
-        """A delayed step ends: send its counts off, to be awaited when the next step opens."""
-        self._in_flight = self._buffer, self._all_reduce(self._buffer, async_op=True)
+    def _take_norm(self, squared_norm: Tensor) -> None:
+        """The norm is known. With ``skip_nonfinite`` it is read on the host: synchronises."""
+        self._squared_norm = squared_norm
+        self.skipping = self.options.skip_nonfinite and not math.isfinite(float(squared_norm))
+        self.skipped += self.skipping
+
+    def close(self, counts: bool) -> None:
+        """The step ends. A delayed one sends its counts off, to be awaited when the next step opens.
+
+        ``counts``: T goes on, where no evidence says so.
+        """
+        if not self.options.masked:
+            self._memory[0] += counts
+            self._memory[1] = 1.0
+            self._memory[2:] = 0.0
+        elif self.options.sync == "delayed":
+            self._in_flight = self._buffer, self._all_reduce(self._buffer, async_op=True)
 
     def settle(self) -> None:
         """Await counts in flight and remember them. Starts no collective."""
@@ -133,6 +161,13 @@ class Statistics:
         if self._squared_norm is None or self.options.clip_norm is None:
             return None
         return (self.options.clip_norm / (self._squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
+
+    def norm(self) -> float | None:
+        """The L2 norm of the whole model's gradient in the last step, before clipping. None where it was not taken.
+
+        Reads the device: synchronises.
+        """
+        return None if self._squared_norm is None else float(self._squared_norm.sqrt())
 
     def load(self, values: list[float]) -> None:
         """Take over [T, alpha, A, C] in place of this run's own; alphas by layer start at 1 again."""

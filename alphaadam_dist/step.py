@@ -3,7 +3,7 @@
 **Open**: the last step's counts arrive. **Count**: read (g, m) of every local shard; one all-reduce makes the counts
 those of the whole model, and alpha follows. **Update**: write the parameters and their moments, all or part by part.
 **Close**: the step has been applied. With ``sync="delayed"`` nothing is counted before the update: it counts as it
-goes, and its alpha comes from the counts of the step before.
+goes, and its alpha comes from the counts of the step before. With ``gamma=1`` nothing is counted at all.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,11 +22,11 @@ from .rounding import Rounding
 from .tensors import is_dtensor, local
 
 _AFTER = {
-    "exact": {"count": ("opened",), "update": ("counted", "updated"), "close": ("updated",)},
-    "delayed": {"count": (), "update": ("opened", "updated"), "close": ("updated",)},
+    True: {"count": ("opened",), "update": ("counted", "updated"), "close": ("updated",)},
+    False: {"count": (), "update": ("opened", "updated"), "close": ("updated",)},
 }
-"""After which acts an act may come."""
-_ORDER = {"exact": "count() once, update() for each part of the model, close()", "delayed": "update(), close()"}
+"""After which acts an act may come, where a step reads all gradients first and where it does not."""
+_ORDER = {True: "count() once, update() for each part of the model, close()", False: "update(), close()"}
 
 
 class Step:
@@ -61,7 +61,7 @@ class Step:
 
     def may(self, act: str) -> bool:
         """Whether "count", "update" or "close" may come now."""
-        return self._done in _AFTER[self._options.sync][act]
+        return self._done in _AFTER[self._options.reads_first][act]
 
     @torch.no_grad()
     def count(
@@ -69,7 +69,9 @@ class Step:
         gradients: Iterable[tuple[Tensor, Sequence[Tensor]]] | None = None,
         scale: Tensor | float | None = None,
     ) -> None:
-        """Count the masks of the whole model and reduce them. Collective.
+        """Count the masks of the whole model, take its norm where an option needs it, reduce both. Collective.
+
+        Where the norm is not finite and ``skip_nonfinite`` says so, the acts that follow do nothing.
 
         Args:
             gradients: for every optimizer parameter of this rank that has one its gradient, as tensors that concatenate
@@ -91,17 +93,20 @@ class Step:
                 momentum = local(self._optimizer.state[param][self._optimizer.moments[0]])
                 owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
             lists = by_device(owned, self._layout)
-        threshold, clip = self._options.threshold, self._options.clip_norm is not None
-        wide = self._options.state_dtype is not None
-        if clip and threshold > 0:
+        chosen, wide = self._options, self._options.state_dtype is not None
+        # a threshold must know the clipped gradient, and with gamma=1 there is nothing but the norm
+        norm_first = chosen.with_norm and not (chosen.masked and (chosen.threshold == 0 or chosen.clip_norm is None))
+        if norm_first:
             for segments, grads, momenta in lists:
                 self._statistics.add_norms(segments, self._kernels(grads).squared_norms(grads, momenta, wide=wide))
             self._statistics.reduce_norm()
-            scale = self._statistics.clip_coefficient()
+            scale = scale if chosen.clip_norm is None else self._statistics.clip_coefficient()
+        if not chosen.masked or self._statistics.skipping:
+            return
         for segments, grads, momenta in lists:
             counts, norms = self._kernels(grads).count(
-                grads, momenta, threshold=threshold, scale=self._directed(scale), norms=clip and threshold == 0,
-                wide=wide,
+                grads, momenta, threshold=chosen.threshold, scale=self._directed(scale),
+                norms=chosen.with_norm and not norm_first, wide=wide,
             )  # fmt: skip
             if norms is not None:
                 self._statistics.add_norms(segments, norms)
@@ -125,7 +130,9 @@ class Step:
             RuntimeError: out of order.
         """
         self._advance("update", "updated")
-        optimizer, delayed = self._optimizer, self._options.sync == "delayed"
+        if self._statistics.skipping:
+            return
+        optimizer, chosen = self._optimizer, self._options
         held, self._held = self._local_tensors(parts) if self._held is None else self._held, None
         self._stepped = self._stepped or bool(held)
         clip = self._statistics.clip_coefficient()
@@ -138,10 +145,10 @@ class Step:
                 part.grads,
                 part.moments,
                 strengths=self._statistics.strengths(part.segments),
-                threshold=self._options.threshold,
+                threshold=chosen.threshold,
                 scale=scale,
-                counting=delayed,
-                steps=part.advance_steps(kernels, self._options.capturable) if optimizer.counts_steps else None,
+                counting=chosen.masked and not chosen.reads_first,
+                steps=part.advance_steps(kernels, chosen.capturable) if optimizer.counts_steps else None,
                 hyperparameters=self._hyperparameters(group),
                 rounding=self._rounding(part.segments),
             )
@@ -154,16 +161,18 @@ class Step:
         Raises RuntimeError out of order.
         """
         self._advance("close", "closed")
-        self._optimizer._run.count_step(self._optimizer.param_groups)
-        if self._options.sync == "delayed":
-            self._statistics.close()
+        if self._statistics.skipping:
+            return
+        counts = self._optimizer._run.count_step(self._optimizer.param_groups)
+        self._statistics.close(counts)
         parameters.note_gradients(self._optimizer, self._layout, self._stepped)
 
     def _advance(self, act: str, done: str) -> None:
-        sync = self._options.sync
+        chosen = self._options
         if not self.may(act):
             raise RuntimeError(
-                f"{act}() of a step that is {self._done}: with sync={sync!r} a step is opened, then {_ORDER[sync]}"
+                f"{act}() of a step that is {self._done}: with sync={chosen.sync!r} and gamma={chosen.gamma!r} a step "
+                f"is opened, then {_ORDER[chosen.reads_first]}"
             )
         self._done = done
 
@@ -184,6 +193,8 @@ class Step:
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the direction takes of a parameter group, its lr_scale in the lr."""
         values = {name: options.plain(name, group[name]) for name in self._optimizer.hyperparameters}
+        if self._optimizer.looks_ahead:
+            values["lookahead"] = self._options.lookahead
         return {**values, "lr": rule.scaled(values["lr"], options.plain("lr_scale", group["lr_scale"]))}
 
     def _directed(self, scale: Tensor | float | None) -> Tensor | float | None:

@@ -64,6 +64,8 @@ OURS: dict[str, dict[str, Any]] = {
     "threshold": {"threshold": 1 / 9},
     "threshold, delayed": {"threshold": 1 / 9, "sync": "delayed"},
     "threshold, clip_norm": {"threshold": 1 / 9, "clip_norm": 1.0},
+    "gamma=1": {"gamma": 1.0},
+    "gamma=1, look-ahead": {"gamma": 1.0, "lookahead": 0.25},
 }
 
 

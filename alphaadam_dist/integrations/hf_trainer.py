@@ -96,11 +96,13 @@ def find_alpha_optimizer(optimizer: Any) -> AlphaOptimizer | None:
 def log_metrics(state: Any, logs: dict[str, Any], optimizer: Any) -> None:
     """Add ``metrics()`` of one of ours to an entry of the log that carries a training loss, and to the history.
 
-    Reading them waits for the device, so it is done only when a log is written, and once.
+    Reading them waits for the device, so it is done only when a log is written, and once. What is None is left out,
+    and what the Trainer has written stays: its ``grad_norm`` is of the gradients before the Trainer clipped them.
     """
     found = find_alpha_optimizer(optimizer) if "loss" in logs and "alpha" not in logs else None
     if found is not None:
-        logs.update(found.metrics())
+        ours = {name: value for name, value in found.metrics().items() if value is not None}
+        logs.update({**ours, **logs})
         state.log_history[-1].update(logs)
 
 

@@ -44,18 +44,19 @@ inline T lerp(T a, T b, T weight) {
 //   decay     rule.decay_of: what the parameter is multiplied by
 //   size      rule.size_of, for Adam rule.sizes_of: the length of the step, negative
 //   keep      1 - beta of the momentum: the gradient's weight in it
-//   ahead     of Lion, 1 - beta1: the gradient's weight in the direction
+//   ahead     the gradient's weight in the direction: of Lion 1 - beta1; of Adam c (1 - beta1^t), the momentum's being 1
 //   gain      of Adam, 1 - beta2: the squared gradient's weight in the second moment
 //   root      of Adam, the root of 1 - beta2^t, which corrects the second moment's
 
 template <typename T>
 struct Adam {
   static constexpr bool kSecondMoment = true;
-  T decay, keep, beta2, gain, root, eps, size;
+  T decay, keep, ahead, beta2, gain, root, eps, size;
 
-  Adam(double step, double decay, double size, double beta1, double beta2, double eps)
+  Adam(double step, double decay, double size, double beta1, double beta2, double eps, double lookahead)
       : decay(static_cast<T>(decay)),
         keep(static_cast<T>(1 - beta1)),
+        ahead(static_cast<T>(lookahead * (1 - std::pow(beta1, step)))),
         beta2(static_cast<T>(beta2)),
         gain(static_cast<T>(1 - beta2)),
         root(static_cast<T>(std::sqrt(1 - std::pow(beta2, step)))),
@@ -65,7 +66,8 @@ struct Adam {
   void operator()(T& p, T g, T& m, T& v, T f) const {
     m = lerp(m, g, keep);
     v = std::fma(gain * g, g, v * beta2);
-    p = p * decay + size * (m * f) / (std::sqrt(v) / root + eps);
+    const T direction = ahead != 0 ? std::fma(g, ahead, m) : m;
+    p = p * decay + size * (direction * f) / (std::sqrt(v) / root + eps);
   }
 };
 
@@ -360,9 +362,9 @@ Updated update(TensorList params, TensorList grads, TensorList firsts, TensorLis
 
 Updated adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,
               double threshold, double scale, double decay, at::ArrayRef<double> sizes, at::ArrayRef<double> steps,
-              double beta1, double beta2, double eps, at::IntArrayRef rounding) {
+              double beta1, double beta2, double eps, double lookahead, at::IntArrayRef rounding) {
   return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, rounding,
-                [&]<typename T>(int64_t t) { return Adam<T>(steps[t], decay, sizes[t], beta1, beta2, eps); });
+                [&]<typename T>(int64_t t) { return Adam<T>(steps[t], decay, sizes[t], beta1, beta2, eps, lookahead); });
 }
 
 Updated lion_(TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& strengths, double threshold,
@@ -398,7 +400,7 @@ TORCH_LIBRARY(alphaadam, library) {
   library.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor strengths, "
       "float threshold, float scale, float decay, float[] sizes, float[] steps, float beta1, float beta2, float eps, "
-      "int[] rounding=[]) -> (Tensor, int[])");
+      "float lookahead=0., int[] rounding=[]) -> (Tensor, int[])");
   library.def(
       "lion_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor strengths, float threshold, "
       "float scale, float decay, float size, float beta1, float beta2, int[] rounding=[]) -> (Tensor, int[])");

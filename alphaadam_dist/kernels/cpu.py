@@ -144,9 +144,9 @@ def _in_order(grad: Tensor, like: Tensor) -> tuple[Tensor, bool]:
 
 def _adam(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:
     assert steps is not None
-    lr, (beta1, beta2) = of["lr"], of["betas"]
-    decay, sizes = rule.decay_of(lr, of["weight_decay"]), rule.sizes_of(lr, beta1, steps)
-    return decay, sizes, steps, beta1, beta2, of["eps"]
+    lr, (beta1, beta2), lookahead = of["lr"], of["betas"], of.get("lookahead", 0.0)
+    decay, sizes = rule.decay_of(lr, of["weight_decay"]), rule.sizes_of(lr, beta1, steps, lookahead)
+    return decay, sizes, steps, beta1, beta2, of["eps"], lookahead
 
 
 def _lion(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:

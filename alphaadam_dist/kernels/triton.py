@@ -143,14 +143,17 @@ Column = Tensor | float | list[float]
 
 def _adam(steps: Any, of: Mapping[str, Any]) -> list[Column]:
     (beta1, beta2), lr, decay = of["betas"], of["lr"], of["weight_decay"]
+    lookahead = of.get("lookahead", 0.0)
     constant: list[Column] = [1 - beta1, beta2, 1 - beta2, of["eps"]]
     if isinstance(steps, Tensor):  # capturable: what depends on t is computed on the device
         t, lr = steps.double(), rule.rate(lr)
         correction = 1 - beta1**t
-        size = -(lr / (correction.to(lr.dtype) if isinstance(lr, Tensor) else correction))
-        return [1 - lr * decay, size, (1 - beta2**t).sqrt(), *constant]
+        divisor = correction * (1 + lookahead)
+        size = -(lr / (divisor.to(lr.dtype) if isinstance(lr, Tensor) else divisor))
+        return [1 - lr * decay, size, (1 - beta2**t).sqrt(), *constant, lookahead * correction]
     roots: Column = [(1 - beta2**t) ** 0.5 for t in steps]
-    return [rule.decay_of(lr, decay), rule.sizes_of(lr, beta1, steps), roots, *constant]
+    ahead: Column = [lookahead * (1 - beta1**t) for t in steps]
+    return [rule.decay_of(lr, decay), rule.sizes_of(lr, beta1, steps, lookahead), roots, *constant, ahead]
 
 
 def _lion(steps: Any, of: Mapping[str, Any]) -> list[Column]:

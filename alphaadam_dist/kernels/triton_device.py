@@ -51,7 +51,9 @@ def _stepped(p, g, m, v, f, mine, DIRECTION: tl.constexpr, NESTEROV: tl.constexp
         beta2, gain, eps = tl.load(mine + 4).to(T), tl.load(mine + 5).to(T), tl.load(mine + 6).to(T)
         m = _lerp(m, g, keep)
         v = tl.fma(gain * g, g, v * beta2)
-        p += _divided(size * (m * f), _divided(_root(v, T), root + tl.zeros_like(v), T) + eps, T)
+        ahead = tl.load(mine + 7).to(T)
+        direction = tl.where(ahead != 0, tl.fma(g, ahead + tl.zeros_like(g), m), m)
+        p += _divided(size * (direction * f), _divided(_root(v, T), root + tl.zeros_like(v), T) + eps, T)
     elif DIRECTION == LION:
         ahead, keep = tl.load(mine + 2).to(T), tl.load(mine + 3).to(T)
         between = _lerp(m, g, ahead)
@@ -77,8 +79,9 @@ def _stepped(p, g, m, v, f, mine, DIRECTION: tl.constexpr, NESTEROV: tl.constexp
 #   rounding   int64 (1 + 4 tensors,)  Rounding.numbers: n; then key, start, inner, stride of each tensor
 #   strengths  (tensors, 2)            f where a tensor agrees and where it conflicts, from Statistics.strengths
 #   numbers    (tensors, COLUMNS)      decay, size; then for Adam the root of 1 - beta2^t, 1 - beta1, beta2, 1 - beta2,
-#                                      eps; for Lion 1 - beta1, 1 - beta2; for SGD momentum. `decay` and `size` are
-#                                      rule.decay_of and rule.size_of
+#                                      eps, and c (1 - beta1^t) of look-ahead, 0 without; for Lion 1 - beta1,
+#                                      1 - beta2; for SGD momentum. `decay` and `size` are rule.decay_of and
+#                                      rule.size_of
 #   counts     int64 (tensors, 2)      agree and conflict, added to; Statistics.add reads them
 #   squares    (programs,)             the squared norm of what a program read; count adds them up by tensor
 

@@ -14,8 +14,8 @@ from .run import STEPS, Row
 CAPTION = (
     "deviation: L2 distance from one process's parameters, as a share of the way that they went. calls, bytes: "
     "collectives of a step beyond AdamW's. All rows are on the fast kernels, but for 'reference'. 'threshold' clips, "
-    "too. 'bf16' and 'offload' are a model in bf16, 'offload' with the step on the CPU. AdamW is torch's, one tensor "
-    "at a time."
+    "too, 'look-ahead' has no masks. 'bf16' and 'offload' are a model in bf16, 'offload' with the step on the CPU. "
+    "AdamW is torch's, one tensor at a time."
 )
 NEVER = (
     "pipeline stages, experts, NVMe offload, fp16, parameters in 16 bits without fp32 masters, accumulated gradients, "

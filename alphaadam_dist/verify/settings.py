@@ -43,6 +43,7 @@ DELAYED = Setting("delayed", {"sync": "delayed"})
 LAYER = Setting("layer", {"scope": "layer"})
 CLIPPED = Setting("clip", CLIP)
 THRESHOLD = Setting("threshold", {**CLIP, "threshold": 0.1}, collectives=2)  # it must know the norm before it counts
+LOOKAHEAD = Setting("look-ahead", {"lookahead": 0.25, "gamma": 1.0}, collectives=0)  # without masks nothing is counted
 REFERENCE = Setting("reference", {}, fast=False)
 LION = Setting("AlphaLion", {}, AlphaLion)
 SGD = Setting("AlphaSGD", {"lr": 0.01}, AlphaSGD)

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 from ..shards import clean_names
 from .model import HEADS, Block, Llama
-from .settings import CLIPPED, DELAYED, EXACT, LAYER, LION, REFERENCE, SGD, THRESHOLD, Setting
+from .settings import CLIPPED, DELAYED, EXACT, LAYER, LION, LOOKAHEAD, REFERENCE, SGD, THRESHOLD, Setting
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ SHARDINGS = (
         "FSDP2",
         lambda world: True,
         lambda model, device: fsdp2(model, _whole(device)),
-        settings=(EXACT, DELAYED, LAYER, CLIPPED, THRESHOLD, REFERENCE, LION, SGD),
+        settings=(EXACT, DELAYED, LAYER, CLIPPED, THRESHOLD, LOOKAHEAD, REFERENCE, LION, SGD),
     ),
     Sharding(
         "HSDP, 2 replicas",

@@ -18,7 +18,7 @@ def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
         learning_rate = any(name == "Train/Samples/lr" for name, *_ in events)
         if learning_rate and engine.global_steps % every == 0:
             where = f"Train/{type(optimizer).__name__}"
-            ours = optimizer.metrics().items()
+            ours = [(name, value) for name, value in optimizer.metrics().items() if value is not None]
             events = [*events, *((f"{where}/{name}", value, engine.global_samples) for name, value in ours)]
         write(events, *args, **kwargs)
 

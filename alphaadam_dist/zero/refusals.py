@@ -35,6 +35,11 @@ def _of_the_optimizer(optimizer: AlphaOptimizer) -> Iterator[Refusal]:
         "DeepSpeed clips by itself: remove clip_norm and set gradient_clipping in the DeepSpeed config",
     )
     yield (
+        optimizer.defaults["skip_nonfinite"],
+        "optimizer.params.skip_nonfinite=true",
+        "DeepSpeed decides which steps are left out, in fp16 always and in bf16 by bf16.check_grad_overflow: remove it",
+    )
+    yield (
         optimizer.sharding != "auto" or optimizer.process_group is not None,
         f"sharding={optimizer.sharding!r}, process_group={optimizer.process_group!r}",
         "DeepSpeed decides how the model is sharded: leave both at their defaults",

@@ -81,7 +81,9 @@ def run(scale: Scale, job: Job) -> Result:
         if start.project is not None:
             start.project()
         if isinstance(optimizer, AlphaOptimizer):
-            alphas.append(optimizer.metrics()["alpha"])
+            alpha = optimizer.metrics()["alpha"]
+            assert alpha is not None
+            alphas.append(alpha)
         if step + 1 in measured:
             loss = start.evaluate()
             curve.append((step + 1, loss if math.isfinite(loss) else math.inf))

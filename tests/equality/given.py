@@ -45,6 +45,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for threshold in (0.0, 0.1)
 } | {"fast": {"fused": True, "gamma": 0.1, "threshold": 0.05}}
 
+AHEAD: dict[str, dict[str, Any]] = {
+    "ahead": {"lookahead": 0.25},
+    "ahead-delayed": {"lookahead": 0.25, "sync": "delayed", "gamma": 0.2, "fused": True},
+    "ahead-alone": {"lookahead": 0.5, "gamma": 1.0, "fused": True},
+    "ahead-clipped": {"lookahead": 0.5, "gamma": 1.0, "clip_norm": 1e6, "fused": True},
+}
+"""AlphaAdam's alone. The clipping cuts nothing: each sharding sums a norm in another order."""
+
 GROUPS: list[dict[str, Any]] = [
     {"match": "^embedding$|^one$", "lr_scale": 4.0},
     {"match": "norm|bias", "weight_decay": 0.0, "lr_scale": 0.3},

@@ -26,7 +26,8 @@ def alone(
     setting: str, kind: type[AlphaOptimizer] = AlphaAdam, grouped: bool = False
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
     groups = given.GROUPS if grouped else None
-    (result,) = threads.run(1, given.run, "plain", given.SETTINGS[setting], kind=kind, groups=groups)
+    options = (given.SETTINGS | given.AHEAD)[setting]
+    (result,) = threads.run(1, given.run, "plain", options, kind=kind, groups=groups)
     return result["seen"], pieces.assemble([result["params"]], given.SHAPES)
 
 
@@ -56,6 +57,18 @@ def test_given_gradients(regime: str, setting: str) -> None:
     expected = [] if regime in given.REPLICATED else ["AllReduce"]
     for result in ranks:
         assert result["collectives"][1:] == [expected] * 9, "more than one collective a step"
+
+
+@pytest.mark.parametrize("setting", given.AHEAD)
+@pytest.mark.parametrize("regime", slow_but(given.REGIMES, *FAST))
+def test_looking_ahead(regime: str, setting: str) -> None:
+    """With gamma 1 nothing is communicated, but for the norm that clips."""
+    options = given.AHEAD[setting]
+    ranks = threads.run(given.REGIMES[regime][0], given.run, regime, options)
+    assert_equal(ranks, setting)
+    silent = regime in given.REPLICATED or (options.get("gamma") == 1 and "clip_norm" not in options)
+    for result in ranks:
+        assert result["collectives"][1:] == [[] if silent else ["AllReduce"]] * 9
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -90,6 +103,7 @@ def test_alpha_moves_and_settings_differ() -> None:
     for setting in given.SETTINGS:
         seen, _ = alone(setting)
         assert seen[1] != seen[-1]
-    finals = {setting: alone(setting)[1]["weight"] for setting in given.SETTINGS}
+    finals = {setting: alone(setting)[1]["weight"] for setting in given.SETTINGS | given.AHEAD}
+    assert torch.equal(finals["ahead-alone"], finals.pop("ahead-clipped")), "nothing was cut"
     for one in finals:
         assert sum(torch.equal(finals[one], other) for other in finals.values()) == 1

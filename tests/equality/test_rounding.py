@@ -25,6 +25,7 @@ from . import given, pieces
 FAMILY: dict[str, type[AlphaOptimizer]] = {"adam": AlphaAdam, "lion": AlphaLion, "sgd": AlphaSGD, "signum": AlphaSignum}
 BF16: dict[str, Any] = {"state_dtype": "bfloat16"}
 SETTINGS = {name: {**given.SETTINGS[name], **BF16} for name in ("exact-0.0", "delayed-0.1", "layer-0.0", "fast")}
+SETTINGS["ahead"] = {"lookahead": 0.25, "sync": "delayed", **BF16}
 UNKNOWN = ("fsdp1-original", "by-hand")
 KNOWN = [regime for regime in given.REGIMES if regime not in (*UNKNOWN, "plain")]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -56,8 +57,8 @@ def differences(regime: str, setting: str, kind: str, dtype: str) -> list[str]:
 
 @pytest.mark.parametrize(("dtype", "setting", "regime"), nightly_but(product(DTYPES, SETTINGS, KNOWN), every=2))
 def test_given_gradients(regime: str, setting: str, dtype: str) -> None:
-    """AlphaAdam with "exact", one of the family with each other setting."""
-    which = 0 if setting == "exact-0.0" else KNOWN.index(regime) + list(SETTINGS).index(setting)
+    """AlphaAdam with "exact" and where it looks ahead, one of the family with each other setting."""
+    which = 0 if setting in ("exact-0.0", "ahead") else KNOWN.index(regime) + list(SETTINGS).index(setting)
     assert differences(regime, setting, list(FAMILY)[which % len(FAMILY)], dtype) == []
 
 

@@ -71,8 +71,8 @@ class Noise:
         m, size = parameter.moment(first), shadow.moment(first)
         mask = np.abs(m * g + tau * g**2) < near * (size * np.abs(g) + tau * g**2)
         after, bigger = copy.deepcopy(parameter), copy.deepcopy(shadow)
-        direction(kind, after, g)
-        direction(kind, bigger, np.abs(g))
+        direction(kind, after, g, self.rule.options.lookahead)
+        direction(kind, bigger, np.abs(g), self.rule.options.lookahead)
         mask |= np.abs(after.moments[first]) < near * bigger.moments[first]
         if kind == "AlphaLion":  # its direction is a sign too
             beta = parameter.group["betas"][0]
@@ -84,7 +84,7 @@ class Noise:
         for name, g in grads.items():
             shadow, group = self.shadow[name], self.rule.parameters[name].group
             shadow.t = self.rule.parameters[name].t - 1
-            size = direction(self.rule.kind, shadow, np.abs(g))
+            size = direction(self.rule.kind, shadow, np.abs(g), self.rule.options.lookahead)
             self.steps[name] += 1
             path = group["lr"] * max(1.0, self.rule.alpha(name)) * size * self.steps[name]
             self.bound[name] = self.bound[name] + self.each(name) * (np.abs(self.rule.parameters[name].value) + path)

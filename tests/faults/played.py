@@ -74,6 +74,8 @@ class Compared:
         evidence = (memory.agree + memory.conflict) / max(1, self.expected.numel) if self.stepped else 0.0
         same("T", metrics["steps"], memory.T)
         same("alpha of the model", metrics["alpha"], memory.alpha)
+        masked = self.options["gamma"] < 1
+        same("evidence", metrics["evidence"], evidence if masked else None)
         same("counts", (counts["agree"], counts["conflict"]), (memory.agree, memory.conflict))
         same("the share of evidence", counts["evidence_fraction"], evidence)
         repr(seen)

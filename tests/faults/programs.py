@@ -130,7 +130,13 @@ def simpler(program: Program) -> Iterator[Program]:
                 fewer = unit.events[:start] + unit.events[start + size :]
                 yield replace(program, units=(*program.units[:i], replace(unit, events=fewer), *program.units[i + 1 :]))
             size //= 2
-        for name, plain in (("clip_norm", None), ("threshold", 0.0), ("alpha_warmup", 0), ("maximize", False)):
+        for name, plain in (
+            ("lookahead", 0.0),
+            ("clip_norm", None),
+            ("threshold", 0.0),
+            ("alpha_warmup", 0),
+            ("maximize", False),
+        ):
             if unit.options[name] != plain:
                 tamer = replace(unit, options={**unit.options, name: plain})
                 yield replace(program, units=(*program.units[:i], tamer, *program.units[i + 1 :]))
@@ -167,7 +173,7 @@ def zero_program(seed: int) -> Unit:
         group_of=(0, 0, 1, 1),
         hyper=tuple(_hyper(chance, kind) for _ in range(2)),
         late=(1,) if stage == 0 and not bf16 and chance.random() < 0.5 else (),
-        options=_options(chance),
+        options=_options(chance, kind),
         fused=chance.choice([None, False, True]),
         verify_every=chance.choice([0, 1]),
         named=True,
@@ -214,7 +220,7 @@ def _unit(chance: random.Random, regime: str, part: bool, moves: bool) -> Unit:
         group_of=group_of,
         hyper=tuple(_hyper(chance, kind) for _ in range(groups)),
         late=tuple(late),
-        options=_options(chance),
+        options=_options(chance, kind),
         fused=chance.choice([None, False, True]),
         verify_every=chance.choice([0, 0, 1, 2]),
         named=named,
@@ -245,7 +251,7 @@ def _lr(chance: random.Random) -> float:
     return chance.choice([0.0, 1e-3, 1e-2, 3e-2])
 
 
-def _options(chance: random.Random) -> dict[str, Any]:
+def _options(chance: random.Random, kind: str) -> dict[str, Any]:
     scope, sync = chance.choice([("global", "exact"), ("layer", "exact"), ("global", "delayed")])
     return {
         "gamma": chance.choice([0.0, 0.3, 1.0]),
@@ -256,6 +262,7 @@ def _options(chance: random.Random) -> dict[str, Any]:
         "sync": sync,
         "clip_norm": chance.choice([None, 1.0, 100.0]) if sync == "exact" else None,
         "maximize": chance.random() < 0.3,
+        "lookahead": chance.choice([0.0, 0.0, 0.25, 2.0]) if kind == "AlphaAdam" else 0.0,
     }
 
 
@@ -307,8 +314,10 @@ def _around(chance: random.Random, unit: Unit, regime: str, saved: bool) -> Iter
         yield Event("reload", {"through": chance.choice(["itself", "wrapper"]), "file": regime in PLAIN})
     elif what == "retune":
         other_sync = ["sync"] * (unit.options["scope"] == "global" and unit.options["clip_norm"] is None)
-        changed = chance.choice(["gamma", "alpha_max", "threshold", "alpha_warmup", "maximize", *other_sync])
-        value = chance.choice(["exact", "delayed"]) if changed == "sync" else _options(chance)[changed]
+        changed = chance.choice(
+            ["gamma", "lookahead", "alpha_max", "threshold", "alpha_warmup", "maximize", *other_sync]
+        )
+        value = chance.choice(["exact", "delayed"]) if changed == "sync" else _options(chance, unit.kind)[changed]
         yield Event("retune", {"name": changed, "value": value})
     elif what == "torch" and unit.kind != "AlphaLion":
         yield Event("torch")

@@ -19,6 +19,7 @@ MOMENTS = {"AlphaAdam": ("exp_avg", "exp_avg_sq"), "AlphaLion": ("exp_avg",), "A
 @dataclass
 class Options:
     gamma: float = 0.0
+    lookahead: float = 0.0
     alpha_max: float = 4.0
     threshold: float = 0.0
     alpha_warmup: int = 0
@@ -43,13 +44,17 @@ class Parameter:
 
 @dataclass
 class Memory:
-    """What a run carries beside the moments: T, and alpha and counts of the last step that had evidence."""
+    """What a run carries beside the moments: T, and alpha and counts of the last step that had evidence.
+
+    ``n`` counts all steps from the first whose learning rate is not 0, and with gamma 1 T goes with it.
+    """
 
     T: int = 0
     alpha: float = 1.0
     agree: int = 0
     conflict: int = 0
     alphas: dict[str, float] = field(default_factory=dict)  # by parameter; one that is not in it has 1
+    n: int = 0
 
 
 class Rule:
@@ -80,11 +85,17 @@ class Rule:
             counts[name] = np.count_nonzero(g) - conflicting, conflicting
         agree, conflict = (sum(count[i] for count in counts.values()) for i in (0, 1))
 
-        if agree + conflict:  # a step without any evidence changes neither T nor alpha nor pending counts
-            before = self.memory
+        before = self.memory
+        moves = before.n > 0 or any(parameter.group["lr"] != 0 for parameter in self.parameters.values())
+        n = before.n + moves
+        if self.options.gamma == 1:
+            self.memory = Memory(before.T + moves, n=n)
+        elif agree + conflict:  # a step without any evidence changes neither T nor alpha nor pending counts
             used = (agree, conflict) if self.options.sync == "exact" else (before.agree, before.conflict)
             alphas = {name: self.alpha_of(*count) for name, count in counts.items()}
-            self.memory = Memory(before.T + 1, self.alpha_of(*used), agree, conflict, alphas)
+            self.memory = Memory(before.T + 1, self.alpha_of(*used), agree, conflict, alphas, n)
+        else:
+            before.n = n
         for name, g in grads.items():
             self.update(name, g, conflicts[name])
 
@@ -113,21 +124,25 @@ class Rule:
         parameter = self.parameters[name]
         group, f = parameter.group, self.factor(name, g, conflict)
         parameter.value = parameter.value * (1 - group["lr"] * group["weight_decay"])
-        parameter.value = parameter.value - group["lr"] * f * direction(self.kind, parameter, g)
+        d = direction(self.kind, parameter, g, self.options.lookahead)
+        parameter.value = parameter.value - group["lr"] * f * d
 
 
-def direction(kind: str, parameter: Parameter, g: Array) -> Array:
+def direction(kind: str, parameter: Parameter, g: Array, lookahead: float) -> Array:
     """d of the page's table, the moments updated."""
     parameter.moments = {name: parameter.moment(name) for name in MOMENTS[kind]}
     parameter.t += 1
-    return {"AlphaAdam": adam, "AlphaLion": lion, "AlphaSGD": sgd}[kind](parameter, g)
+    if kind == "AlphaAdam":
+        return adam(parameter, g, lookahead)
+    return lion(parameter, g) if kind == "AlphaLion" else sgd(parameter, g)
 
 
-def adam(parameter: Parameter, g: Array) -> Array:
+def adam(parameter: Parameter, g: Array, lookahead: float) -> Array:
     (beta1, beta2), moments, t = parameter.group["betas"], parameter.moments, parameter.t
     moments["exp_avg"] = m = moments["exp_avg"] + (1 - beta1) * (g - moments["exp_avg"])
     moments["exp_avg_sq"] = v = beta2 * moments["exp_avg_sq"] + (1 - beta2) * g**2
-    return m / (1 - beta1**t) / (np.sqrt(v) / np.sqrt(1 - beta2**t) + parameter.group["eps"])
+    ahead = (m / (1 - beta1**t) + lookahead * g) / (1 + lookahead)
+    return ahead / (np.sqrt(v) / np.sqrt(1 - beta2**t) + parameter.group["eps"])
 
 
 def lion(parameter: Parameter, g: Array) -> Array:

@@ -171,6 +171,52 @@ def assemble(ranks: list[pieces.Pieces], like: dict[str, Tensor]) -> dict[str, T
     return {name: tensor.view(like[name].shape) for name, tensor in whole.items()}
 
 
+SKIPPING: dict[str, dict[str, Any]] = {
+    "global": {},
+    "layer, clipped": {"scope": "layer", "clip_norm": 1e6, "fused": True},
+    "threshold, clipped": {"threshold": 0.1, "clip_norm": 1e6},
+    "no masks": {"gamma": 1.0, "lookahead": 0.25, "fused": True},
+}
+"""With skip_nonfinite. The clipping cuts nothing: a norm is summed in another order under each sharding."""
+
+
+@pytest.mark.parametrize("setting", SKIPPING)
+@pytest.mark.parametrize("poison", [nan_on_one_rank, inf_on_one_rank], ids=lambda p: p.__name__)
+def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_alike(
+    poison: Callable[[Gradients], None], setting: str
+) -> None:
+    """The poison lies in one rank's shard. What is held after such a step is, to the bit, what was held before it."""
+    options = {**SKIPPING[setting], "skip_nonfinite": True}
+    (alone,) = threads.run(1, run, "plain", options, poison)
+    shapes = {name: torch.empty(shape) for name, shape in given.SHAPES.items() if name != "frozen"}
+    wholes = []
+    for ranks in ([alone], *(threads.run(4, run, regime, options, poison) for regime in ("fsdp2", "hsdp", "ddp"))):
+        assert all(rank["seen"] == alone["seen"] for rank in ranks)
+        wholes.append([
+            {key: assemble([rank["held"][step][key] for rank in ranks], shapes) for key in ranks[0]["held"][step]}
+            for step in range(STEPS)
+        ])  # fmt: skip
+    left_out = [poisoned(poison, step) for step in range(STEPS)]
+    assert sum(left_out) == 2
+    for step in range(1, STEPS):
+        same = all(
+            torch.equal(now, wholes[0][step - 1][key][name])
+            for key, tensors in wholes[0][step].items()
+            for name, now in tensors.items()
+        )
+        assert same == left_out[step]
+    for whole in wholes[1:]:
+        for step in range(STEPS):
+            for key, tensors in whole[step].items():
+                assert all(torch.equal(one, wholes[0][step][key][name]) for name, one in tensors.items())
+
+
+def poisoned(poison: Callable[[Gradients], None], step: int) -> bool:
+    steps = given_gradients(STEPS)
+    poison(steps)
+    return not all(bool(grad.isfinite().all()) for grad in steps[step].values())
+
+
 def test_conflict_everywhere_meets_the_cap_and_without_it_a_large_finite_alpha() -> None:
     """Else the test above would not have met it."""
     (capped,) = threads.run(1, run, "plain", {}, conflict_everywhere)

@@ -32,7 +32,7 @@ ALPHAADAM = str(Path(sys.executable).parent / "alphaadam")
 
 TRIED = {
     ("DDP", "FSDP1", "FSDP1 flat", "FSDP2", "TP"): ("exact", "delayed", "layer", "clip"),
-    ("FSDP2",): ("threshold", "reference", "AlphaLion", "AlphaSGD"),
+    ("FSDP2",): ("threshold", "look-ahead", "reference", "AlphaLion", "AlphaSGD"),
     ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"): ("exact", "delayed", "layer"),
     ("ZeRO-2 bf16", "ZeRO-3 bf16"): ("exact", "threshold"),
     ("ZeRO-2 offload", "ZeRO-3 offload"): ("delayed", "threshold"),

@@ -47,6 +47,16 @@ def test_alpha_and_agreement_reach_the_log(scope: str):
     assert logs["alpha"] == pytest.approx(1 + 1 / 3)
 
 
+def test_without_masks_there_is_no_agreement_to_log():
+    assert _log(_stepped(gamma=1.0), {"loss": 1.0}) == {"loss": 1.0, "alpha": 1.0, "steps": 2.0}
+
+
+def test_the_trainers_own_norm_stays():
+    logs = _log(_stepped(clip_norm=1.0), {"loss": 1.0, "grad_norm": 7.0})
+    assert logs["grad_norm"] == 7.0
+    assert _log(_stepped(clip_norm=1.0), {"loss": 1.0})["grad_norm"] == 2.0
+
+
 def test_only_entries_with_a_training_loss_get_them():
     assert _log(_stepped(), {"eval_loss": 1.0}) == {"eval_loss": 1.0}
 

@@ -223,6 +223,25 @@ def test_bad_options_are_refused(kind: Any, options: dict[str, Any], named: str,
     assert fix in str(refusal.value)
 
 
+@pytest.mark.parametrize("kind", [AlphaLion, AlphaSGD, AlphaSignum])
+def test_look_ahead_is_alphaadams_alone(kind: Any) -> None:
+    """Refused where it is given, in a group, in defaults changed later and in a checkpoint; 0 is let through."""
+    params = [nn.Parameter(torch.ones(2))]
+    refusal = rf"lookahead=0.5: {kind.__name__} has none, AlphaAdam alone has \(AlphaSGD has nesterov\)"
+    with pytest.raises(ValueError, match=refusal):
+        kind(params, lookahead=0.5)
+    with pytest.raises(ValueError, match=refusal):
+        kind([{"params": params, "lookahead": 0.5}])
+    optimizer = kind(params, lookahead=0)
+    step_with(optimizer, [torch.ones(2)])
+    saved = optimizer.state_dict()
+    optimizer.defaults["lookahead"] = saved["param_groups"][0]["lookahead"] = 0.5
+    with pytest.raises(ValueError, match=refusal):
+        optimizer.step()
+    with pytest.raises(ValueError, match=refusal):
+        kind(params).load_state_dict(saved)
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "near"),
     [(AlphaSGD, "betas", None), (AlphaSGD, "dampening", None), (AlphaSGD, "momentun", "momentum"),

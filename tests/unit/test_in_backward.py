@@ -92,6 +92,7 @@ def train(model: nn.Module, optimizer: AlphaOptimizer, steps: range) -> None:
 FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
     "AlphaAdam": (AlphaAdam, {"gamma": 0.3, "alpha_warmup": 3}),
     "AlphaAdam, fast": (AlphaAdam, {"fused": True, "threshold": 0.1}),
+    "AlphaAdam, no masks": (AlphaAdam, {"gamma": 1.0, "lookahead": 0.5, "sync": "exact"}),
     "AlphaLion": (AlphaLion, {"maximize": True}),
     "AlphaLion, fast": (AlphaLion, {"fused": True}),
     "AlphaSGD": (AlphaSGD, {"momentum": 0.9, "nesterov": True}),

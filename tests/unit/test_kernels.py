@@ -24,6 +24,11 @@ from alphaadam_dist.kernels import build, cpu, reference
 DIRECTIONS: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "adam": (rule.adam_, 2, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}),
     "adam-slow-beta": (rule.adam_, 2, {"lr": 1e-2, "betas": (0.3, 0.9), "eps": 1e-6, "weight_decay": 0.0}),
+    "adam-ahead": (
+        rule.adam_,
+        2,
+        {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "lookahead": 0.25},
+    ),
     "lion": (rule.lion_, 1, {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}),
     "sgd": (rule.sgd_, 1, {"lr": 1e-2, "momentum": 0.9, "nesterov": False, "weight_decay": 0.1}),
     "nesterov": (rule.sgd_, 1, {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}),

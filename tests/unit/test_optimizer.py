@@ -42,11 +42,14 @@ def two_groups(dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
 def test_the_rule_bitwise(mode: str, dtype: torch.dtype) -> None:
     """The options that change the numbers, in combination, with gradients None here and there."""
     steps = gradients(10, dtype, absent=0.2)
-    strengths = ((0.0, 4.0, 0), (0.3, 4.0, 4), (0.0, 1.5, 0))  # gamma, alpha_max, alpha_warmup
-    for threshold, (gamma, alpha_max, warmup), maximize in itertools.product((0.0, 1 / 9), strengths, (False, True)):
+    # gamma, alpha_max, alpha_warmup, lookahead
+    strengths = ((0.0, 4.0, 0, 0.25), (0.3, 4.0, 4, 0.0), (0.0, 1.5, 0, 0.0))
+    for threshold, (gamma, alpha_max, warmup, lookahead), maximize in itertools.product(
+        (0.0, 1 / 9), strengths, (False, True)
+    ):
         options = {
             "threshold": threshold, "gamma": gamma, "alpha_max": alpha_max, "alpha_warmup": warmup,
-            "maximize": maximize, **MODES[mode],
+            "lookahead": lookahead, "maximize": maximize, **MODES[mode],
         }  # fmt: skip
         twin = Twin(two_groups(dtype), **options)
         for grads in steps:
@@ -81,6 +84,38 @@ def test_gamma_one_is_adamw_bitwise(mode: str, dtype: torch.dtype, beta2: float)
         step_with(theirs, grads)
     for a, b in zip(parameters_of(ours), parameters_of(theirs), strict=True):
         assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@modes
+def test_looking_ahead_alone_is_the_rule_bitwise(mode: str, dtype: torch.dtype) -> None:
+    """With gamma 1 nothing is counted, T counts the steps, and what needs no counts still works."""
+    options = {**MODES[mode], "alpha_warmup": 3, "threshold": 0.1, "clip_norm": None}
+    twin = Twin(two_groups(dtype), lookahead=0.25, gamma=1.0, **options)
+    for grads in [*gradients(5, dtype, absent=0.2), [torch.zeros(shape, dtype=dtype) for shape in SHAPES]]:
+        twin.step(grads)
+    assert twin.differences() == []
+    assert memory_of(twin.optimizer) == [6.0, 1.0, 0.0, 0.0]
+    assert twin.optimizer.metrics() == {"alpha": 1.0, "agreement": None, "evidence": None, "steps": 6.0}
+    assert twin.optimizer.agreement == {"agree": 0, "conflict": 0, "evidence_fraction": 0.0}
+
+
+@pytest.mark.parametrize("sync", ["exact", "delayed"])
+def test_masks_may_end_and_begin_again(sync: str) -> None:
+    """gamma is changed in mid-run: T goes on, and what was counted is no more."""
+    twin = Twin(two_groups(), sync=sync, gamma=0.0)
+    seen, steps = [], gradients(9)
+    for i, gamma in enumerate((0.0, 1.0, 0.3)):
+        twin.optimizer.defaults["gamma"] = twin.options["gamma"] = gamma
+        for group in twin.optimizer.param_groups:
+            group["gamma"] = gamma
+        for grads in steps[3 * i : 3 * i + 3]:
+            twin.step(grads)
+        assert twin.differences() == []
+        seen.append(memory_of(twin.optimizer))
+    assert [applied for applied, *_ in seen] == [3, 6, 9]
+    assert seen[1][1:] == [1, 0, 0]
+    assert seen[2][1] > 1
 
 
 def test_clipping_is_that_of_torch_for_one_tensor() -> None:
@@ -175,13 +210,18 @@ def test_agreement_and_alpha_against_hand_counts() -> None:
 @modes
 def test_metrics_are_the_same_numbers(mode: str) -> None:
     optimizer = AlphaAdam([nn.Parameter(p) for p in tensors(0)], **MODES[mode])
-    assert optimizer.metrics() == {"alpha": 1.0, "agreement": 1.0, "evidence": 0.0, "steps": 0.0}
+    norm: dict[str, Any] = {"grad_norm": None} if "clipped" in mode else {}
+    assert optimizer.metrics() == {"alpha": 1.0, "agreement": 1.0, "evidence": 0.0, "steps": 0.0, **norm}
     for grads in gradients(4):
         step_with(optimizer, grads)
+    if norm:
+        squares = [grad.double().square().sum() for grad in grads if grad is not None]
+        norm["grad_norm"] = pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-6)
     steps, alpha, agree, conflict = memory_of(optimizer)
     numel = sum(p.numel() for p in parameters_of(optimizer))
     assert optimizer.metrics() == {
-        "alpha": alpha, "agreement": agree / (agree + conflict), "evidence": (agree + conflict) / numel, "steps": steps
+        "alpha": alpha, "agreement": agree / (agree + conflict), "evidence": (agree + conflict) / numel, "steps": steps,
+        **norm,
     }  # fmt: skip
     assert steps == 4.0
     assert conflict > 0

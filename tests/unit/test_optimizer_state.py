@@ -207,6 +207,8 @@ def test_amsgrad_checkpoints_are_refused() -> None:
     ("written", "now"),
     [
         ({"gamma": 0.5}, {"gamma": 0.0}),
+        ({"lookahead": 0.5}, {"lookahead": 0.25}),
+        ({}, {"gamma": 1.0}),
         ({"threshold": 0.1}, {}),
         ({"alpha_max": 2.0}, {}),
         ({"scope": "layer"}, {}),

@@ -44,6 +44,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"betas": (0.9, 1.0)}, "betas[1]=1.0", "less than 1"),
     ({"betas": (0.9, NAN)}, "betas[1]=nan", "less than 1"),
     ({"betas": (0.9, "0.999")}, "betas[1]='0.999'", "number"),
+    *[({"lookahead": v}, f"lookahead={v!r}", "0 (none) or more") for v in (-0.1, NAN, INF, "0", None, True)],
     *[({"gamma": v}, f"gamma={v!r}", "between 0") for v in (-0.1, 1.1, NAN, INF, "0", None)],
     *[({"alpha_max": v}, f"alpha_max={v!r}", "1 or more") for v in (0.9, 0, -4.0, NAN, -INF, None)],
     *[({"threshold": v}, f"threshold={v!r}", "0 or more") for v in (-0.1, NAN, INF, "0.1", None)],
@@ -132,8 +133,9 @@ def test_unknown_options_are_refused_with_the_nearest_known_one(name: str, near:
 
 
 SHARED: dict[str, Any] = {
-    "gamma": 0.5, "alpha_max": 2.0, "threshold": 0.1, "alpha_warmup": 3, "scope": "layer", "sync": "delayed",
-    "clip_norm": 1.0, "maximize": True, "capturable": True, "state_dtype": "bfloat16", "rounding_seed": 1,
+    "gamma": 0.5, "lookahead": 0.25, "alpha_max": 2.0, "threshold": 0.1, "alpha_warmup": 3, "scope": "layer",
+    "sync": "delayed", "clip_norm": 1.0, "maximize": True, "capturable": True, "state_dtype": "bfloat16",
+    "rounding_seed": 1, "skip_nonfinite": True,
 }  # fmt: skip
 
 
@@ -174,9 +176,9 @@ def test_what_no_group_can_ask_for_is_refused_rather_than_ignored(name: str, val
 
 def test_defaults_are_those_of_the_design() -> None:
     expected = {
-        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "gamma": 0.0, "alpha_max": 4.0,
-        "threshold": 0.0, "alpha_warmup": 0, "scope": "global", "sync": "exact", "clip_norm": None, "fused": None,
-        "capturable": False, "maximize": False,
+        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "gamma": 0.0,
+        "lookahead": 0.0, "alpha_max": 4.0, "threshold": 0.0, "alpha_warmup": 0, "scope": "global", "sync": "exact",
+        "clip_norm": None, "fused": None, "capturable": False, "maximize": False,
     }  # fmt: skip
     optimizer = AlphaAdam(params())
     assert {name: optimizer.defaults[name] for name in expected} == expected
@@ -193,7 +195,7 @@ def test_sharded_without_a_process_group_is_refused_at_construction_with_the_way
 
 # ---- numbers of other libraries
 
-NUMBERS = ("lr", "eps", "weight_decay", "gamma", "alpha_max", "threshold", "alpha_warmup", "clip_norm")
+NUMBERS = ("lr", "eps", "weight_decay", "gamma", "lookahead", "alpha_max", "threshold", "alpha_warmup", "clip_norm")
 
 
 class ListConfig(Sequence[float]):

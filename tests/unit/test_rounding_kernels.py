@@ -63,7 +63,7 @@ def test_update(
 ) -> None:  # fmt: skip
     function, *_ = DIRECTIONS[direction]
     params, grads, moments = case(direction, sizes, seed, dtype, grad_dtype, special)
-    before = [p.float() for p in params]
+    before = [p.to(torch.float32, copy=True) for p in params]
     places = [PLACES[(place + i) % len(PLACES)] for i in range(len(sizes))]
     rounding = Rounding(n, [2**64 - 1 - i for i in range(len(sizes))], places)
     expected_params, expected_moments = [p.clone() for p in params], [[m.clone() for m in ms] for ms in moments]

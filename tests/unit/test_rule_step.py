@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from alphaadam_dist import rule
 
@@ -116,7 +116,7 @@ def test_bitwise_adamw(dtype: torch.dtype, options: dict[str, Any], case: str) -
         step_adamw(optimizer, grads)
         assert set(alphas) == {1.0}
     assert memory.applied == len(steps)
-    assert (memory.conflict > 0) == (case == "gamma is 1")
+    assert memory.conflict == 0
     for c, p, held in zip(model, theirs, optimizer.param_groups[0]["params"], strict=True):
         assert same_bits(c.param, p)
         if held in optimizer.state:
@@ -145,6 +145,88 @@ def test_threshold_one_minus_beta_over_beta_is_the_sign_test_on_the_updated_mome
     assert clear.double().mean() > 0.99
     _, conflict = rule.classify(grad, m, (1 - beta1) / beta1)
     assert torch.equal(conflict[clear], (updated * grad < 0)[clear])
+
+
+# ---- look-ahead
+
+
+def updated(f: Tensor, **own: Any) -> Tensor:
+    """A parameter after one update by ``adam_`` from given moments, none of which is small."""
+    generator = torch.Generator().manual_seed(3)
+    param, grad, m, v = (torch.randn(1000, generator=generator, dtype=torch.float64) for _ in range(4))
+    m = m.sign() * (1 + m.abs())
+    rule.adam_(param, 8 * grad, m, v.square(), f, **{**SAME, **own})
+    return param
+
+
+@pytest.mark.parametrize("lookahead", [0.25, 1.0])
+def test_look_ahead_is_a_soft_factor_by_consistency(lookahead: float) -> None:
+    """f = (1 + c rho) / (1 + c), rho = m^ g / m^^2: the mask's place, taken by the paper's product."""
+    generator = torch.Generator().manual_seed(3)
+    _, grad, m = (torch.randn(1000, generator=generator, dtype=torch.float64) for _ in range(3))
+    grad = 8 * grad
+    m = (m.sign() * (1 + m.abs())).lerp(grad, 1 - SAME["betas"][0]) / (1 - SAME["betas"][0] ** 7)
+    soft = (1 + lookahead * m * grad / m.square()) / (1 + lookahead)
+    assert (soft < 0).any()
+    assert (soft > 1).any()
+    ones = torch.ones_like(grad)
+    ahead, plain = updated(ones, step=7, lookahead=lookahead), updated(ones, step=7)
+    torch.testing.assert_close(ahead, updated(soft, step=7), rtol=1e-12, atol=1e-12)
+    assert (ahead - plain).abs().max() > 1e-3
+
+
+def test_look_ahead_by_one_minus_beta_over_beta_is_nadamw() -> None:
+    """Late in a run, where bias corrections, which NAdam has of its own, are 1; its momentum's schedule is over too."""
+    generator = torch.Generator().manual_seed(3)
+    param, grad, m, v = (torch.randn(1000, generator=generator, dtype=torch.float64) for _ in range(4))
+    theirs = nn.Parameter(param.clone())
+    theirs.grad = grad.clone()
+    nadam = torch.optim.NAdam([theirs], **SAME, momentum_decay=1e6, decoupled_weight_decay=True, foreach=False)
+    one = torch.ones((), dtype=torch.float64)
+    nadam.state[theirs] = {
+        "step": 1e5 * one, "mu_product": 0 * one, "exp_avg": m.clone(), "exp_avg_sq": v.square()
+    }  # fmt: skip
+    nadam.step()
+    beta1 = SAME["betas"][0]
+    rule.adam_(param, grad, m, v.square(), torch.ones_like(m), step=1e5 + 1, lookahead=(1 - beta1) / beta1, **SAME)
+    torch.testing.assert_close(param, theirs.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_mask_multiplies_what_looks_ahead() -> None:
+    """Counts, alpha and moments are those without look-ahead; f is on top of the other direction."""
+    ends = []
+    for lookahead in (0.0, 0.5):
+        model, memory = coordinates(tensors(0, torch.float64), weight_decay=0.0), rule.Memory()
+        for grads in gradients(5, torch.float64):
+            held = [c.moments[0].clone() for c in model]
+            before = [c.param.clone() for c in model]
+            rule.step_(model, grads, memory, lookahead=lookahead)
+        ends.append((memory, [c.moments for c in model]))
+        for c, m, param, g in zip(model, held, before, grads, strict=True):
+            assert g is not None
+            conflict = m * g < 0
+            assert torch.equal(c.param[conflict], param[conflict]), "gamma 0 holds back the whole direction"
+    assert ends[0][0] == ends[1][0]
+    for ours, theirs in zip(ends[0][1], ends[1][1], strict=True):
+        assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_hard_mask_resembles_look_ahead() -> None:
+    """Gradients of noise alone: fitted by m and g, four fifths of the masked step are theirs, as the page says."""
+    generator = torch.Generator().manual_seed(0)
+    m, beta1 = torch.zeros(100_000), SAME["betas"][0]
+    for _ in range(100):
+        grad, before = torch.randn(m.shape, generator=generator), m.clone()
+        m.lerp_(grad, 1 - beta1)
+    agree, conflict = rule.classify(grad, before)
+    counts = agree.sum().double(), conflict.sum().double()
+    alpha = rule.alpha_from_counts(*counts, gamma=0.0, alpha_max=4.0)
+    step = rule.factor(agree, conflict, alpha, torch.zeros(()), m.dtype) * m
+    both = torch.stack((m, grad), dim=1)
+    weights = torch.linalg.lstsq(both, step[:, None]).solution[:, 0]
+    explained = 1 - (step - both @ weights).square().sum() / step.square().sum()
+    assert weights.tolist() == pytest.approx([1.31, 0.099], abs=0.01)
+    assert float(explained) == pytest.approx(0.80, abs=0.01)
 
 
 # ---- (3) the scale of the gradients
@@ -266,9 +348,10 @@ def test_a_step_without_evidence_leaves_the_memory(sync: str) -> None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
+    kind = draw(st.sampled_from(["adam", "lion", "sgd"]))
     scope, sync = draw(st.sampled_from([("global", "exact"), ("layer", "exact"), ("global", "delayed")]))
     return {
-        "kind": draw(st.sampled_from(["adam", "lion", "sgd"])),
+        "kind": kind,
         "shapes": draw(st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)),
         "seed": draw(st.integers(0, 2**32)),
         "steps": draw(st.integers(1, 6)),
@@ -283,6 +366,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
             alpha_warmup=draw(st.sampled_from([0, 1, 4])),
             clip_norm=draw(st.sampled_from([None, 0.3, 100.0])) if sync == "exact" else None,
             maximize=draw(st.booleans()),
+            lookahead=draw(st.sampled_from([0.0, 0.25, 3.0])) if kind == "adam" else 0.0,
         ),
     }
 

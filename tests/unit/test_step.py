@@ -25,21 +25,23 @@ def opened(**options: Any) -> Step:
 
 
 @pytest.mark.parametrize(
-    ("sync", "acts", "wrong"),
+    ("given", "acts", "wrong"),
     [
-        ("exact", [], "update() of a step that is opened: .* count() once"),
-        ("exact", [], "close() of a step that is opened"),
-        ("exact", ["count"], "count() of a step that is counted"),
-        ("exact", ["count", "update"], "count() of a step that is updated"),
-        ("exact", ["count", "update", "close"], "close() of a step that is closed"),
-        ("exact", ["count", "update", "close"], "update() of a step that is closed"),
-        ("delayed", [], "count() of a step that is opened: with sync='delayed' .* update(), close()"),
-        ("delayed", [], "close() of a step that is opened"),
-        ("delayed", ["update", "close"], "update() of a step that is closed"),
+        ({}, [], "update() of a step that is opened: .* count() once"),
+        ({}, [], "close() of a step that is opened"),
+        ({}, ["count"], "count() of a step that is counted"),
+        ({}, ["count", "update"], "count() of a step that is updated"),
+        ({}, ["count", "update", "close"], "close() of a step that is closed"),
+        ({}, ["count", "update", "close"], "update() of a step that is closed"),
+        ({"sync": "delayed"}, [], "count() of a step that is opened: with sync='delayed' .* update(), close()"),
+        ({"sync": "delayed"}, [], "close() of a step that is opened"),
+        ({"sync": "delayed"}, ["update", "close"], "update() of a step that is closed"),
+        ({"gamma": 1.0}, [], "count() of a step that is opened: .* gamma=1.0 .* update(), close()"),
+        ({"gamma": 1.0, "clip_norm": 1.0}, [], "update() of a step that is opened: .* count() once"),
     ],
 )
-def test_an_act_out_of_order_is_an_error_that_names_it(sync: str, acts: list[str], wrong: str) -> None:
-    step = opened(sync=sync)
+def test_an_act_out_of_order_is_an_error_that_names_it(given: dict[str, Any], acts: list[str], wrong: str) -> None:
+    step = opened(**given)
     for act in acts:
         getattr(step, act)()
     assert not step.may(wrong.partition("(")[0])

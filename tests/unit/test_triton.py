@@ -117,7 +117,8 @@ def test_the_numbers_of_a_tensor_rate_are_the_rules(direction: str, dtype: torch
     given: Any = torch.tensor(steps, dtype=torch.float32) if steps and capturable else steps
     columns = kernels._KERNELS[function][1](given, {**own, "lr": lr})
     table = kernels._columns(columns, 2, torch.device("cpu"))
-    sizes = [rule.size_of(lr)] * 2 if steps is None else rule.sizes_of(lr, own["betas"][0], steps)
+    ahead = own.get("lookahead", 0.0)
+    sizes = [rule.size_of(lr)] * 2 if steps is None else rule.sizes_of(lr, own["betas"][0], steps, ahead)
     assert table[:, 0].tolist() == [rule.decay_of(lr, own["weight_decay"])] * 2
     assert table[:, 1].tolist() == sizes
 
@@ -214,7 +215,7 @@ for T, G in (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64")):
     jobs = [(kernels._count, {**tables, "counts": "*i64", "squares": "*fp64"}, norms)]
     for direction in range(3):
         signature = {**tables, "strengths": "*fp64", "strengths_stride": "i32", "numbers": "*fp64", "counts": "*i64"}
-        own = {**constants, "DIRECTION": direction, "NESTEROV": True, "COLUMNS": 7, "COUNTING": True}
+        own = {**constants, "DIRECTION": direction, "NESTEROV": True, "COLUMNS": 8, "COUNTING": True}
         jobs.append((kernels._update, signature, own))
         if T == "fp32":
             own = {"P": of_type[G], **{name: value for name, value in own.items() if name != "T"}}

@@ -18,7 +18,7 @@ model = torch.nn.Linear(4, 4)
 optimizer = AlphaAdam(
     model.named_parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, gamma=0.5, alpha_max=2.0,
     threshold=0.1, alpha_warmup=10, scope="layer", sync="exact", clip_norm=1.0, sharding="auto", process_group=None,
-    fused=None, capturable=False, maximize=False, verify_every=10,
+    fused=None, capturable=False, maximize=False, verify_every=10, lookahead=0.25,
 )
 AlphaLion([{"params": model.weight, "lr": 1e-4}], betas=(0.9, 0.99), maximize=True)
 AlphaSGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9, nesterov=True)
@@ -36,7 +36,7 @@ optimizer.step(closure)
 optimizer.step()
 alpha: float | dict[str, float] = optimizer.alpha
 conflict: float = optimizer.agreement["conflict"]
-logged: dict[str, float] = optimizer.metrics()
+logged: dict[str, float | None] = optimizer.metrics()
 optimizer.load_state_dict(optimizer.state_dict())
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 """

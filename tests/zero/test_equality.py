@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "delayed": {"sync": "delayed"},
     "layer": {"scope": "layer", "gamma": 0.2},
     "threshold": {"threshold": 0.1, "alpha_warmup": 5},
+    "ahead": {"lookahead": 0.25},
 }
 
 
@@ -77,15 +78,30 @@ def test_two_ranks_equal_one_process(ranks2: Ranks, mode: str, options: dict[str
     assert alphas[0] != alphas[-1], "alpha never moved: the test would show nothing"
 
 
+@pytest.mark.parametrize("sync", ["exact", "delayed"])
+@pytest.mark.parametrize("mode", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
+def test_looking_ahead_without_masks(ranks2: Ranks, mode: str, sync: str) -> None:
+    """With gamma 1 nothing is counted, and T counts the steps."""
+    options = {"lookahead": 0.5, "gamma": 1.0, "sync": sync}
+    ranks = ranks2.run(engine.given, MODES[mode], options)
+    shrink = 2.0**-8 if mode == "zero0-fp16" else 1.0
+    assert_equal(ranks, engine.given_alone(options, dtype=dtype_of(mode), shrink=shrink))
+    assert all(seen == (1.0, ranks[0]["seen"][0][1]) for seen in ranks[0]["seen"])
+
+
 @pytest.mark.parametrize("mode", ["zero1", "zero2-offload", "zero2-bf16", "zero3-sub-groups"])
-@pytest.mark.parametrize("options", [OPTIONS["delayed"], OPTIONS["threshold"]], ids=["delayed", "threshold"])
+@pytest.mark.parametrize(
+    "options", [OPTIONS["delayed"], OPTIONS["threshold"], OPTIONS["ahead"]], ids=["delayed", "threshold", "ahead"]
+)
 def test_on_the_fast_kernels(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:
     options = {**options, "fused": True}
     assert_equal(ranks2.run(engine.given, MODES[mode], options), engine.given_alone(options, dtype=dtype_of(mode)))
 
 
 @pytest.mark.parametrize("mode", ["zero0", "zero2", "zero3-sub-groups", "zero2-bf16"])
-@pytest.mark.parametrize("options", [OPTIONS["exact"], OPTIONS["layer"]], ids=["exact", "layer"])
+@pytest.mark.parametrize(
+    "options", [OPTIONS["exact"], OPTIONS["layer"], OPTIONS["ahead"]], ids=["exact", "layer", "ahead"]
+)
 def test_named_in_the_json(ranks2: Ranks, mode: str, options: dict[str, Any]) -> None:
     ranks = ranks2.run(engine.given, MODES[mode], options, client=False)
     assert_equal(ranks, engine.given_alone(options, client=False, dtype=dtype_of(mode)))

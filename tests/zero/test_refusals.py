@@ -94,6 +94,7 @@ def test_config_is_refused(ranks2: Ranks, case: str, client: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"skip_nonfinite": True}, r"optimizer\.params\.skip_nonfinite=true: DeepSpeed decides .*: remove it"),
         ({"clip_norm": 1.0}, r"optimizer\.params\.clip_norm=1\.0: .* set gradient_clipping in the DeepSpeed config"),
         ({"sharding": "sharded"}, r"sharding='sharded', process_group=None: .* leave both at their defaults"),
     ],
