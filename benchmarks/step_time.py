@@ -14,14 +14,12 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
-import random
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,10 +38,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.training.plots import GREY, INK, STYLE
 from benchmarks import baselines
+from benchmarks.turns import BYTES, CLIPPED, FUSED, Row, Shared, Steps, compare, machine, take_turns
 
 SIZES = (1, 4, 32, 256)  # Mi elements
 SLOW = 32  # Mi elements above which eager peers are left out: they take seconds a step
-FUSED, CLIPPED = "AdamW fused", "clip_grad_norm_ + AdamW fused"
 OFFLOAD_PEER = "DeepSpeedCPUAdam"
 DEFAULT = "AlphaAdam exact"
 AXIS = 2.0
@@ -52,25 +50,6 @@ OURS_COLOR, PEERS_COLOR = "#d1495b", "#30638e"
 RESULTS = Path(__file__).parent / "results"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contestant in one case: the median, and the ratio to ``against`` round by round."""
-
-    case: str
-    name: str
-    milliseconds: float
-    against: str
-    ratio: float
-    spread: tuple[float, float]  # the middle half of the ratios
-    gigabytes_per_second: float | None = None  # of the traffic that the algorithm needs
-    share_of_copy: float | None = None
-    bar: float | None = None
-
-
-Steps = dict[str, Callable[[], Any]]
-
-BYTES = {"exact": 36, "delayed": 28, "clip_norm": 36}
-"""Traffic an element in fp32: AdamW reads p, g, m, v and writes p, m, v; counting reads g and m."""
 BARS = {"AlphaAdam delayed": (FUSED, 1.03), "AlphaAdam exact": (FUSED, 1.55), "AlphaAdam clip_norm": (CLIPPED, 0.97)}
 OURS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -84,25 +63,9 @@ OURS: dict[str, dict[str, Any]] = {
 
 def contestants(elements: int, device: torch.device) -> tuple[Steps, Steps]:
     """Steps on one and the same parameter, gradient and moments: of the fast, and of those in eager torch."""
-    generator = torch.Generator(device).manual_seed(0)
-    param = nn.Parameter(torch.randn(elements, generator=generator, device=device))
-    param.grad = torch.randn(elements, generator=generator, device=device)
-    first, second = torch.zeros_like(param), torch.zeros_like(param)
-
-    def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-        state = optimizer.state[param]
-        on_device = isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
-        state["step"] = torch.ones((), device=device if on_device else "cpu")
-        state["exp_avg"], state["exp_avg_sq"] = first, second
-        return optimizer.step
-
-    fused = step_of(torch.optim.AdamW([param], fused=True))
-
-    def clipped() -> None:
-        nn.utils.clip_grad_norm_([param], 1.0, foreach=True)
-        fused()
-
-    steps: Steps = {FUSED: fused, CLIPPED: clipped}
+    shared = Shared(elements, device)
+    param, first, second, step_of = shared.param, shared.first, shared.second, shared.step_of
+    steps = shared.peers()
     for name, options in OURS.items():
         steps[f"AlphaAdam {name}"] = step_of(AlphaAdam([param], fused=True, **options))
     eager = {
@@ -127,42 +90,6 @@ def _deepspeed_cpu_adam(param: Tensor) -> Any:
     except Exception as error:
         warnings.warn(f"{OFFLOAD_PEER} is left out: {error}", stacklevel=2)
         return None
-
-
-def take_turns(
-    steps: Steps, rounds: int, device: torch.device, before: Mapping[str, Callable[[], Any]] | None = None
-) -> dict[str, list[float]]:
-    """Seconds of every step, round by round, after one round that is not counted.
-
-    The order is drawn anew for each round, because a step pays for what the one before it leaves: garbage to collect
-    and cold caches. ``before`` has what runs ahead of a step, and is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, draw = list(steps), random.Random(0)
-    for round_ in range(rounds + 1):
-        draw.shuffle(order)
-        for name in order:
-            if before is not None:
-                before[name]()
-            _synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            _synchronize(device)
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def compare(case: str, name: str, seconds: dict[str, list[float]], against: str, bar: float | None = None) -> Row:
-    ratios = sorted(mine / theirs for mine, theirs in zip(seconds[name], seconds[against], strict=True))
-    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    return Row(case, name, 1e3 * statistics.median(seconds[name]), against, statistics.median(ratios), (low, high),
-               bar=bar)  # fmt: skip
 
 
 def flat_tensor(mebi: int, rounds: int, device: torch.device) -> list[Row]:
@@ -327,14 +254,6 @@ def show(console: Console, rows: Sequence[Row], memory: dict[str, float]) -> Non
     console.print(table)
     for name, megabytes in memory.items():
         console.print(f"{name}: {megabytes:.2f} MB at the peak of a step beyond what was there", highlight=False)
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Where the numbers come from."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    where = model if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return {"machine": where, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
 
 
 def draw(rows: Sequence[Row], subtitle: str, path: Path) -> None:

@@ -210,9 +210,7 @@ def _chunk(elements: int) -> int:
 def _addresses(lists: Sequence[Sequence[Tensor]]) -> Tensor:
     """Where the tensors lie, int64 (lists, tensors)."""
     pointers = [tensor.data_ptr() for tensors in lists for tensor in tensors]
-    made = device_tables.kept(
-        ("addresses", *pointers), lists[0][0].device, lambda: np.array(pointers, dtype=np.int64)
-    )
+    made = device_tables.kept(("addresses", *pointers), lists[0][0].device, lambda: np.array(pointers, dtype=np.int64))
     return made.view(len(lists), -1)
 
 

@@ -46,12 +46,13 @@ def _root(a, T: tl.constexpr):
 def _numbers(mine, DIRECTION: tl.constexpr, T: tl.constexpr):
     """A tensor's row of ``numbers``, in T."""
     decay, size, third = tl.load(mine).to(T), tl.load(mine + 1).to(T), tl.load(mine + 2).to(T)
-    if DIRECTION == SGD:
+    if DIRECTION == ADAM:
+        fourth, fifth = tl.load(mine + 3).to(T), tl.load(mine + 4).to(T)
+        return decay, size, third, fourth, fifth, tl.load(mine + 5).to(T), tl.load(mine + 6).to(T)
+    elif DIRECTION == LION:  # noqa: RET505 Triton looks at what follows an if as well
+        return decay, size, third, tl.load(mine + 3).to(T)
+    else:
         return decay, size, third
-    fourth = tl.load(mine + 3).to(T)
-    if DIRECTION == LION:
-        return decay, size, third, fourth
-    return decay, size, third, fourth, tl.load(mine + 4).to(T), tl.load(mine + 5).to(T), tl.load(mine + 6).to(T)
 
 
 @triton.jit
