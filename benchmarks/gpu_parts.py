@@ -117,11 +117,12 @@ def _same(a: tuple[list[Tensor], Any], b: tuple[list[Tensor], Any]) -> bool:
 
 def graphs() -> dict[str, Any]:
     same = {}
+    modes: dict[str, dict[str, Any]] = {
+        "exact": {}, "clip_norm": {"clip_norm": 1.0}, "threshold, clip_norm": {"threshold": 0.1, "clip_norm": 1.0},
+        "layer": {"scope": "layer"}, "tensor lr": {"lr": torch.tensor(1e-2, device=DEVICE)},
+    }  # fmt: skip
     for kind in KINDS:
-        for name, options in {
-            "exact": {}, "clip_norm": {"clip_norm": 1.0}, "threshold, clip_norm": {"threshold": 0.1, "clip_norm": 1.0},
-            "layer": {"scope": "layer"}, "tensor lr": {"lr": torch.tensor(1e-2, device=DEVICE)},
-        }.items():  # fmt: skip
+        for name, options in modes.items():
             ended = []
             for graphed in (False, True):
                 params, optimizer, gradients = _model(kind, capturable=True, **{"lr": 1e-2, **options})
@@ -239,12 +240,10 @@ def _zero_beside_plain() -> dict[str, Any]:
             "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2},
             "optimizer": {"type": "AlphaAdam", "params": {"lr": 1e-3, "fused": True}},
         }  # fmt: skip
-        engine: Any = (
-            ds.initialize(model=model, model_parameters=model.parameters(), config=config)[0] if sharded else None
-        )
-        optimizer = (
-            AlphaAdam(model.named_parameters(), lr=1e-3, fused=True) if engine is None else engine.basic_optimizer
-        )
+        engine: Any = None
+        if sharded:
+            engine = ds.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+        optimizer = engine.basic_optimizer if sharded else AlphaAdam(model.named_parameters(), lr=1e-3, fused=True)
         for step in range(6):
             torch.manual_seed(step)
             loss = (engine or model)(torch.randn(32, 512, device=DEVICE)).square().sum()

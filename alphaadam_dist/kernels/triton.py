@@ -24,7 +24,7 @@ from ..tensors import has_memory
 from . import device_tables, reference
 from .build import Unavailable
 from .device_tables import Table
-from .triton_device import ADAM, LION, SGD, _count, _update, _update_rounded
+from .triton_device import ADAM, COLUMNS, LION, SGD, _count, _update, _update_rounded
 
 BLOCK = 2**9
 """Elements that a program takes at a time: four a thread, so that a thread reads 16 bytes of fp32 at once and the
@@ -123,7 +123,7 @@ def update(
     strengths = strengths.to(device)
     assert strengths.stride(1) == 1
     options: dict[str, Any] = {
-        "DIRECTION": which, "NESTEROV": bool(hyperparameters.get("nesterov")), "COLUMNS": numbers.shape[1],
+        "DIRECTION": which, "NESTEROV": bool(hyperparameters.get("nesterov")),
         "G": _TYPES[grads[0].dtype], "SCALE": scale is not None, "THRESHOLD": threshold > 0, "COUNTING": counting,
         "enable_fp_fusion": False,
     }  # fmt: skip
@@ -173,7 +173,8 @@ _KERNELS = {rule.adam_: (ADAM, _adam), rule.lion_: (LION, _lion), rule.sgd_: (SG
 
 
 def _columns(columns: list[Column], rows: int, device: torch.device) -> Tensor:
-    """The numbers of every tensor, float64 (rows, columns) on the device."""
+    """The numbers of every tensor, float64 (rows, COLUMNS) on the device."""
+    columns = columns + [0.0] * (COLUMNS.value - len(columns))
     if any(isinstance(column, Tensor) for column in columns):
         tensors = [_scalar(column, device) for column in columns if not isinstance(column, list)]
         assert len(tensors) == len(columns)

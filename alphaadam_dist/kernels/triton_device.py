@@ -12,6 +12,7 @@ import triton.language as tl
 ADAM, LION, SGD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 CALLS = tl.constexpr(16)  # of Philox, that 128 elements share: element 16 l + c takes lane l of call c
 LANES = tl.constexpr(8)
+COLUMNS = tl.constexpr(7)  # of numbers
 REST = tl.constexpr(256)  # of a masked block; as long as a whole one, the compiler would give both one layout
 
 
@@ -43,35 +44,34 @@ def _root(a, T: tl.constexpr):
 
 
 @triton.jit
-def _numbers(mine, DIRECTION: tl.constexpr, T: tl.constexpr):
-    """A tensor's row of ``numbers``, in T."""
-    decay, size, third = tl.load(mine).to(T), tl.load(mine + 1).to(T), tl.load(mine + 2).to(T)
-    if DIRECTION == ADAM:
-        fourth, fifth = tl.load(mine + 3).to(T), tl.load(mine + 4).to(T)
-        return decay, size, third, fourth, fifth, tl.load(mine + 5).to(T), tl.load(mine + 6).to(T)
-    elif DIRECTION == LION:  # noqa: RET505 Triton looks at what follows an if as well
-        return decay, size, third, tl.load(mine + 3).to(T)
-    else:
-        return decay, size, third
+def _numbers(numbers, tensor, T: tl.constexpr):
+    """A tensor's row of ``numbers``, in T. One by one: older versions of Triton have no tuples as arguments."""
+    mine = numbers + tensor * COLUMNS
+    decay, size, third, fourth = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2), tl.load(mine + 3)
+    beta2, gain, eps = tl.load(mine + 4), tl.load(mine + 5), tl.load(mine + 6)
+    return decay.to(T), size.to(T), third.to(T), fourth.to(T), beta2.to(T), gain.to(T), eps.to(T)
 
 
 @triton.jit
-def _stepped(p, g, m, v, f, numbers, DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, T: tl.constexpr):
+def _stepped(
+    p, g, m, v, f, decay, size, third, fourth, beta2, gain, eps,
+    DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """The parameter and its moments after the update; ``v`` is the second, which only Adam has."""
-    p *= numbers[0]
+    p *= decay
     if DIRECTION == ADAM:
-        _, size, root, keep, beta2, gain, eps = numbers
+        root, keep = third, fourth
         m = _lerp(m, g, keep)
         v = tl.fma(gain * g, g, v * beta2)
         p += _divided(size * (m * f), _divided(_root(v, T), root + tl.zeros_like(v), T) + eps, T)
     elif DIRECTION == LION:
-        _, size, ahead, keep = numbers
+        ahead, keep = third, fourth
         between = _lerp(m, g, ahead)
         sign = (between > 0).to(T) - (between < 0).to(T)
         p = tl.fma(sign * f, size + tl.zeros_like(p), p)
         m = _lerp(m, g, keep)
     else:
-        _, size, momentum = numbers
+        momentum = third
         m = m * momentum + g
         direction = tl.fma(m, momentum + tl.zeros_like(m), g) if NESTEROV else m
         p = tl.fma(direction * f, size + tl.zeros_like(p), p)
@@ -125,8 +125,8 @@ def _add(counts, tensor, evidence, conflicts):
 #   rounding   int64 (1 + 4 tensors,)  Rounding.numbers: n; then key, start, inner, stride of each tensor
 #   strengths  (tensors, 2)            f where a tensor agrees and where it conflicts, from Statistics.strengths
 #   numbers    (tensors, COLUMNS)      decay, size; then for Adam the root of 1 - beta2^t, 1 - beta1, beta2, 1 - beta2,
-#                                      eps; for Lion 1 - beta1, 1 - beta2; for SGD momentum. `decay` and `size` are
-#                                      rule.decay_of and rule.size_of
+#                                      eps; for Lion 1 - beta1, 1 - beta2; for SGD momentum; zeros. `decay` and `size`
+#                                      are rule.decay_of and rule.size_of
 #   counts     int64 (tensors, 2)      agree and conflict, added to; Statistics.add reads them
 #   squares    (programs,)             the squared norm of what a program read; count adds them up by tensor
 #
@@ -174,14 +174,14 @@ def _count(
 def _update(
     work, table, tensors, scale, threshold, strengths, strengths_stride, numbers,  # read
     counts,  # written, as the tensors in the table but the gradients
-    DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
+    DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
     SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor, start, whole, stop = _task(work, tl.program_id(0), BLOCK)
     bound, factor = tl.load(threshold).to(T), tl.load(scale).to(T)
     f_agree = tl.load(strengths + tensor * strengths_stride).to(T)
     f_conflict = tl.load(strengths + tensor * strengths_stride + 1).to(T)
-    own = _numbers(numbers + tensor * COLUMNS, DIRECTION, T)
+    decay, size, third, fourth, beta2, gain, eps = _numbers(numbers, tensor, T)
     for WHOLE in tl.static_range(1, -1, -1):  # the blocks that are, then the rest
         grads = _pointer(table, 0, tensors, tensor, G, WHOLE)
         params = _pointer(table, 1, tensors, tensor, T, WHOLE)
@@ -203,7 +203,9 @@ def _update(
             if COUNTING:
                 evidence += (g != 0).to(tl.int32)
                 conflicts += against.to(tl.int32)
-            p, m, v = _stepped(p, g, m, v, f, own, DIRECTION, NESTEROV, T)
+            p, m, v = _stepped(
+                p, g, m, v, f, decay, size, third, fourth, beta2, gain, eps, DIRECTION, NESTEROV, T
+            )  # fmt: skip
             _write(params + offsets, p, inside, WHOLE)
             _write(firsts + offsets, m, inside, WHOLE)
             if DIRECTION == ADAM:
@@ -213,9 +215,9 @@ def _update(
 
 
 @triton.jit
-def _rounded(value, words, LANE: tl.constexpr):
+def _rounded(value, word0, word1, word2, word3, LANE: tl.constexpr):
     """rounding.rounded of fp32 values, by their lane of the words of a call."""
-    word = words[LANE // 2]
+    word = (word0 if LANE < 2 else word1) if LANE < 4 else (word2 if LANE < 6 else word3)
     bits = (word >> 16 if LANE % 2 else word & 0xFFFF).to(tl.uint32)
     raw = value.to(tl.uint32, bitcast=True)
     magnitude = raw & 0x7FFFFFFF
@@ -229,7 +231,7 @@ def _rounded(value, words, LANE: tl.constexpr):
 def _update_rounded(
     work, table, tensors, scale, threshold, strengths, strengths_stride, numbers, rounding,  # read
     counts,  # written, as the tensors in the table but the gradients
-    DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+    DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
     SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As _update in fp32, of moments in bf16 and parameters in P.
@@ -246,7 +248,7 @@ def _update_rounded(
     bound, factor = tl.load(threshold).to(tl.float32), tl.load(scale).to(tl.float32)
     f_agree = tl.load(strengths + tensor * strengths_stride).to(tl.float32)
     f_conflict = tl.load(strengths + tensor * strengths_stride + 1).to(tl.float32)
-    own = _numbers(numbers + tensor * COLUMNS, DIRECTION, tl.float32)
+    decay, size, third, fourth, beta2, gain, eps = _numbers(numbers, tensor, tl.float32)
     n = tl.load(rounding).to(tl.uint32)
     bits = rounding + 1 + 4 * tensor
     key, first = tl.load(bits), tl.load(bits + 1)
@@ -259,11 +261,11 @@ def _update_rounded(
         stop = tl.minimum(end, at - at % inner + inner)
         call = place // (CALLS * LANES) * CALLS + number
         low, high = call.to(tl.uint32), (call >> 32).to(tl.uint32)
-        of_p = tl.philox(key, low, high, tl.zeros_like(low) + n, tl.zeros_like(low))
-        of_m = tl.philox(key, low, high, tl.zeros_like(low) + n, tl.zeros_like(low) + 1)
-        of_v = of_m
+        p0, p1, p2, p3 = tl.philox(key, low, high, tl.zeros_like(low) + n, tl.zeros_like(low))
+        m0, m1, m2, m3 = tl.philox(key, low, high, tl.zeros_like(low) + n, tl.zeros_like(low) + 1)
+        v0, v1, v2, v3 = m0, m1, m2, m3
         if DIRECTION == ADAM:
-            of_v = tl.philox(key, low, high, tl.zeros_like(low) + n, tl.zeros_like(low) + 2)
+            v0, v1, v2, v3 = tl.philox(key, low, high, tl.zeros_like(low) + n, tl.zeros_like(low) + 2)
         for lane in tl.static_range(8):
             offsets = at - place + call // CALLS * (CALLS * LANES) + lane * CALLS + call % CALLS
             inside = (offsets >= at) & (offsets < stop)
@@ -278,11 +280,13 @@ def _update_rounded(
             if COUNTING:
                 evidence += (g != 0).to(tl.int32)
                 conflicts += against.to(tl.int32)
-            p, m, v = _stepped(p, g, m, v, f, own, DIRECTION, NESTEROV, tl.float32)
-            _write(params + offsets, _rounded(p, of_p, lane) if tl.bfloat16 == P else p, inside, False)
-            _write(firsts + offsets, _rounded(m, of_m, lane), inside, False)
+            p, m, v = _stepped(
+                p, g, m, v, f, decay, size, third, fourth, beta2, gain, eps, DIRECTION, NESTEROV, tl.float32
+            )  # fmt: skip
+            _write(params + offsets, _rounded(p, p0, p1, p2, p3, lane) if tl.bfloat16 == P else p, inside, False)
+            _write(firsts + offsets, _rounded(m, m0, m1, m2, m3, lane), inside, False)
             if DIRECTION == ADAM:
-                _write(seconds + offsets, _rounded(v, of_v, lane), inside, False)
+                _write(seconds + offsets, _rounded(v, v0, v1, v2, v3, lane), inside, False)
         at = tl.minimum(stop, at - place + place // (CALLS * LANES) * (CALLS * LANES) + BLOCK)
     if COUNTING:
         _add(counts, tensor, evidence, conflicts)

@@ -36,7 +36,7 @@ def jobs() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             **common, "T": TYPES[own], "M": TYPES[own], "NORMS": True,
         }  # fmt: skip
         for direction, kind in enumerate(("adam", "lion", "sgd")):
-            update = {**common, "DIRECTION": direction, "NESTEROV": True, "COLUMNS": 7, "COUNTING": True}
+            update = {**common, "DIRECTION": direction, "NESTEROV": True, "COUNTING": True}
             yield f"{kind} {own} {grads}", kernels._update, {**update, "T": TYPES[own]}
             if own == "fp32":
                 yield f"{kind} rounded {grads}", kernels._update_rounded, {

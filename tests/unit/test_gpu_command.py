@@ -1,4 +1,4 @@
-"""``make gpu`` as far as it goes without a GPU: what it says, what it writes, and that a bare machine has what it needs."""
+"""``make gpu`` without a GPU: what it says and writes, and that a bare machine has what it needs."""
 
 from __future__ import annotations
 
