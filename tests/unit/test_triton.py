@@ -153,6 +153,7 @@ def run(
     return params, optimizer.state_dict()["param_groups"][0]["alphaadam_state"], optimizer, names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["float", "tensor"])
 @pytest.mark.parametrize(
     "options",
