@@ -73,13 +73,13 @@ def count(
     if not _serves(grads, momenta, types=(torch.bfloat16,) if wide else _STATE_TYPES):
         return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
     device = grads[0].device
-    work, programs_of = _work([grads, momenta])
+    work, table, programs_of = _tables([grads, momenta])
     counts = torch.zeros((len(grads), 2), dtype=torch.int64, device=device)
     squares = torch.zeros(len(work) if norms else 0, dtype=torch.float64, device=device)
     if len(work):
         with torch.cuda.device_of(counts):  # Triton launches on the current device, and a process may have several
             _count[(len(work),)](
-                work, _addresses([grads, momenta]), len(grads), _scalar(scale, device), _scalar(threshold, device),
+                work, table, len(grads), _scalar(scale, device), _scalar(threshold, device),
                 counts, squares,
                 G=_TYPES[grads[0].dtype], M=_TYPES[momenta[0].dtype],
                 T=tl.float32 if wide else _TYPES[momenta[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
@@ -117,7 +117,7 @@ def update(
         )  # fmt: skip
     which, columns_of = kernel
     device = params[0].device
-    work, _ = _work([grads, params, *moments])
+    work, table, _ = _tables([grads, params, *moments])
     numbers = _columns(columns_of(steps, hyperparameters), len(params), device)
     counts = torch.zeros((len(params) if counting else 0, 2), dtype=torch.int64, device=device)
     strengths = strengths.to(device)
@@ -130,7 +130,7 @@ def update(
     P = _TYPES[params[0].dtype]
     if len(work):
         read = (
-            work, _addresses([grads, params, *moments]), len(params), _scalar(scale, device),
+            work, table, len(params), _scalar(scale, device),
             _scalar(threshold, device), strengths, strengths.stride(0), numbers,
         )  # fmt: skip
         with torch.cuda.device_of(counts):  # as in count
@@ -185,34 +185,30 @@ def _columns(columns: list[Column], rows: int, device: torch.device) -> Tensor:
     return device_tables.kept(("numbers", rows, *columns), device, lambda: table).view(rows, -1)
 
 
-def _work(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-    """What each program takes, int64 (programs, 4), and how many programs take each tensor, int64 (tensors,)."""
-    aligned = tuple(all(tensor.data_ptr() % 16 == 0 for tensor in tensors) for tensors in zip(*lists, strict=True))
+def _tables(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """``work`` and ``table`` of a launch, and how many programs take each tensor, int64 (tensors,)."""
+    device = lists[0][0].device
     numels = tuple(tensor.numel() for tensor in lists[0])
+    pointers = [tensor.data_ptr() for tensors in lists for tensor in tensors]
+    unaligned = frozenset(i % len(numels) for i, pointer in enumerate(pointers) if pointer % 16)
 
-    def made() -> Table:
+    def work() -> Table:
         sizes, chunk = np.array(numels, dtype=np.int64), _chunk(sum(numels))
         programs_of = -(-sizes // chunk)
         tensor = np.repeat(np.arange(len(sizes)), programs_of)
         start = (np.arange(len(tensor)) - np.repeat(np.cumsum(programs_of) - programs_of, programs_of)) * chunk
         stop = np.minimum(start + chunk, sizes[tensor])
-        whole = np.where(np.array(aligned, dtype=bool)[tensor], start + (stop - start) // BLOCK * BLOCK, start)
+        whole = np.where(np.isin(tensor, list(unaligned)), start, start + (stop - start) // BLOCK * BLOCK)
         return np.concatenate([programs_of, np.stack([tensor, start, whole, stop], axis=1).reshape(-1)])
 
-    both = device_tables.kept(("work", aligned, numels), lists[0][0].device, made)
-    return both[len(numels) :].view(-1, 4), both[: len(numels)]
+    both = device_tables.kept(("work", unaligned, numels), device, work)
+    table = device_tables.kept(("table", *pointers), device, lambda: np.array(pointers, dtype=np.int64))
+    return both[len(numels) :].view(-1, 4), table, both[: len(numels)]
 
 
 def _chunk(elements: int) -> int:
     """Elements that a program takes, a multiple of BLOCK. Of the sizes alone: norms have the same bits on every GPU."""
     return min(CHUNK, max(ROUNDED_BLOCK, 2 ** max(0, (elements // PROGRAMS).bit_length() - 1)))
-
-
-def _addresses(lists: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Where the tensors lie, int64 (lists, tensors)."""
-    pointers = [tensor.data_ptr() for tensors in lists for tensor in tensors]
-    made = device_tables.kept(("addresses", *pointers), lists[0][0].device, lambda: np.array(pointers, dtype=np.int64))
-    return made.view(len(lists), -1)
 
 
 def _scalar(value: Tensor | float | None, device: torch.device) -> Tensor:

@@ -182,7 +182,7 @@ def test_every_element_has_one_program(played: Played) -> None:
     aligned = [torch.empty(size) for size in sizes]
     moved = [torch.empty(size + 1)[1:] for size in sizes]
     for own in (aligned, moved):
-        work, programs_of = kernels._work([aligned, own])
+        work, _, programs_of = kernels._tables([aligned, own])
         assert programs_of.tolist() == [int((work[:, 0] == i).sum()) for i in range(len(sizes))]
         for i, size in enumerate(sizes):
             rows = work[work[:, 0] == i].tolist()
