@@ -114,8 +114,7 @@ def _run_part(part: str) -> dict[str, Any]:
     return {**result, "passed": passed, "status": process.returncode, "seconds": time.monotonic() - start}
 
 
-def _kill_after(process: subprocess.Popen[str], seconds: float) -> Any:
-
+def _kill_after(process: subprocess.Popen[str], seconds: float) -> threading.Timer:
     timer = threading.Timer(seconds, process.kill)
     timer.daemon = True
     timer.start()

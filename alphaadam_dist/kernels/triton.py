@@ -28,7 +28,7 @@ from .triton_device import ADAM, COLUMNS, LION, SGD, _count, _update, _update_ro
 
 BLOCK = 2**9
 """Elements that a program takes at a time: four a thread, so that a thread reads 16 bytes of fp32 at once and the
-registers (56 for Adam) leave room for 9 programs on a multiprocessor of an H100."""
+registers (54 for Adam) leave room for 9 programs on a multiprocessor of an H100."""
 ROUNDED_BLOCK = 2**10  # of _update_rounded: 8 a thread, one call of Philox
 CHUNK = 2**16  # elements that a program takes at most
 PROGRAMS = 2**11  # as many where tensors are smaller: an H100 runs about a thousand at a time
