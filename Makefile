@@ -5,6 +5,7 @@
 #   make finetune               SmolLM2-135M on instructions, with AlphaAdam and with AdamW
 #   make glue                   a sentence encoder on a GLUE-like task, the same
 #   make bench                  what a step costs, beside AdamW and its peers
+#   make gpu                    all that needs a GPU; ONLY="graphs nccl" for some of it, listed by ONLY=--help
 #   make test | test-fast | test-nightly | test-older | test-versions | test-torchtitan | test-tools | test-nvme | lint | setup
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -34,7 +35,7 @@ RECIPE := GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANK
 # DeepSpeed compiles with the ninja that it finds first, and anew whenever that is of another version.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup train science finetune glue bench test test-fast test-nightly test-older test-versions test-torchtitan test-tools test-nvme lint
+.PHONY: setup train science finetune glue bench gpu test test-fast test-nightly test-older test-versions test-torchtitan test-tools test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -70,6 +71,11 @@ glue: $(VENV)/.models
 
 bench: setup
 	$(BIN)/alphaadam bench $(ARGS)
+
+# Installs nothing: a GPU machine may have no network, and a torch that must stay.
+ONLY ?=
+gpu:
+	$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu $(ONLY) $(ARGS)
 
 science: setup
 	$(BIN)/python -m benchmarks.convergence $(ARGS)

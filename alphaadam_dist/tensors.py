@@ -102,6 +102,11 @@ def check_places(
     """Raise ValueError where no step can be taken: no values, or moments that lie elsewhere or have other shapes."""
     devices = {param.device for _, param in named}
     for name, param in named:
+        if param.device.type == "mps":
+            raise ValueError(
+                f"parameter {name!r} is on {param.device}: Apple's GPUs have no float64, in which the counts of the "
+                "whole model and alpha are exact. Train on the CPU, model.to('cpu')"
+            )
         if param.is_meta and len(devices) > 1:
             raise ValueError(
                 f"parameter {name!r} is on meta, where it has no values, and others are not: give the module its "

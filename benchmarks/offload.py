@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rows import Row, Steps, compare, take_turns
+from benchmarks.turns import Row, Steps, compare, take_turns
 
 OFFLOAD_PEER = "DeepSpeedCPUAdam"
 BARS = {"AlphaAdam delayed": 0.85, "AlphaAdam exact": 1.10}

@@ -19,7 +19,7 @@ import typer
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.kernels import build
 
-from .step_time import machine
+from .turns import machine
 
 ELEMENTS = 32 * 2**20
 ROUNDS = 6

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from alphaadam_dist import AlphaAdam
-from benchmarks.rows import FUSED, Row, Steps, compare, take_turns
+from benchmarks.turns import FUSED, Row, Steps, compare, take_turns
 
 MODES: dict[str, dict[str, Any]] = {
     "exact": {}, "delayed": {"sync": "delayed"}, "clip_norm": {"clip_norm": 1.0}, "layer": {"scope": "layer"},

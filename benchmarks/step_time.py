@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,12 @@ from alphaadam_dist import AlphaAdam
 from alphaadam_dist.training.plots import GREY, INK, STYLE
 from benchmarks import baselines
 from benchmarks.offload import OFFLOAD_PEER, offloaded
-from benchmarks.rows import FUSED, Row, Steps, beside_last, compare, judge, show, take_turns
+from benchmarks.report import beside_last, judge, show
 from benchmarks.small_tensors import one_odd_tensor, small_tensors, start_up
+from benchmarks.turns import BYTES, CLIPPED, FUSED, Row, Shared, Steps, compare, machine, take_turns
 
 SIZES = (1, 4, 32, 256)  # Mi elements
 SLOW = 32  # Mi elements above which eager peers are left out: they take seconds a step
-CLIPPED = "clip_grad_norm_ + AdamW fused"
 DEFAULT = "AlphaAdam exact"
 AXIS = 2.0
 """Of the picture, as a ratio to fused AdamW. It shows what a choice between these costs; slower ones are numbers."""
@@ -48,8 +47,6 @@ OURS_COLOR, PEERS_COLOR = "#d1495b", "#30638e"
 RESULTS = Path(__file__).parent / "results"
 
 
-BYTES = {"exact": 36, "delayed": 28, "clip_norm": 36, "bf16, delayed": 14}
-"""Traffic an element in fp32: AdamW reads p, g, m, v and writes p, m, v; counting reads g and m."""
 BARS = {
     "AlphaAdam delayed": (FUSED, 1.02), "AlphaAdam exact": (FUSED, 1.45), "AlphaAdam clip_norm": (CLIPPED, 0.95),
     "AlphaAdam bf16, delayed": (FUSED, 0.75),
@@ -71,29 +68,13 @@ OURS: dict[str, dict[str, Any]] = {
 
 def contestants(elements: int, device: torch.device) -> tuple[Steps, Steps]:
     """Steps on one and the same parameter, gradient and moments: of the fast, and of those in eager torch."""
-    generator = torch.Generator(device).manual_seed(0)
-    param = nn.Parameter(torch.randn(elements, generator=generator, device=device))
-    param.grad = torch.randn(elements, generator=generator, device=device)
-    first, second = torch.zeros_like(param), torch.zeros_like(param)
-
-    def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-        state = optimizer.state[param]
-        on_device = isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
-        state["step"] = torch.ones((), device=device if on_device else "cpu")
-        state["exp_avg"], state["exp_avg_sq"] = first, second
-        return optimizer.step
-
-    fused = step_of(torch.optim.AdamW([param], fused=True))
-
-    def clipped() -> None:
-        nn.utils.clip_grad_norm_([param], 1.0, foreach=True)
-        fused()
-
-    steps: Steps = {FUSED: fused, CLIPPED: clipped}
+    shared = Shared(elements, device)
+    param, first, second, step_of = shared.param, shared.first, shared.second, shared.step_of
+    steps = shared.peers()
     for name, options in OURS.items():
         steps[f"AlphaAdam {name}"] = step_of(AlphaAdam([param], fused=True, **options))
     half = nn.Parameter(param.detach().bfloat16())  # a state of its own, which the first step makes
-    half.grad = torch.randn(elements, generator=generator, device=device).bfloat16()
+    half.grad = torch.randn(elements, device=device).bfloat16()
     steps["AlphaAdam bf16, delayed"] = AlphaAdam([half], fused=True, state_dtype="bfloat16", sync="delayed").step
     eager = {
         "AlphaAdam reference kernels": step_of(AlphaAdam([param], fused=False)),
@@ -163,14 +144,6 @@ def _resident(field: str) -> float:
     """A kB field of this process's status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
     return float(line.split()[1])
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Where the numbers come from."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    where = model if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return {"machine": where, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
 
 
 def draw(rows: Sequence[Row], subtitle: str, path: Path) -> None:

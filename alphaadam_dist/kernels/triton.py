@@ -1,9 +1,9 @@
 """The GPU kernels, in Triton: a list of shards is one launch, however many and however small they are.
 
-A launch reads its tensors through a table of pointers. Each program takes up to ``CHUNK`` elements of one tensor, so no
-bit depends on where an element lies. Counts are added up as integers, norms over fixed chunks in a fixed order. All
-numbers come from device memory, in float64, and are rounded to the state's dtype where they are used: nothing here
-waits for the device, and a CUDA graph may hold the whole step.
+A launch reads its tensors through a table of pointers. Each program takes a chunk of one tensor, so no bit of an update
+depends on where an element lies. Counts are added up as integers, norms over chunks in a fixed order. All numbers come
+from device memory, in float64, and are rounded to the state's dtype where they are used: nothing here waits for the
+device, and a CUDA graph may hold the whole step.
 
 State is fp32 or fp64, or bf16 that rounding.py rounds, gradients those or bf16 or fp16. Other lists, and directions
 that are not in this file, go to the reference kernels.
@@ -11,9 +11,9 @@ that are not in this file, go to the reference kernels.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -21,14 +21,19 @@ from torch import Tensor
 from .. import rule
 from ..rounding import PARAMETER_DTYPES, Rounding
 from ..tensors import has_memory
-from . import reference
+from . import device_tables, reference
 from .build import Unavailable
+from .device_tables import Table
 from .reference import advance as advance
 from .reference import squared_norms as squared_norms
-from .triton_device import ADAM, LION, SGD, _count, _update, _update_rounded
+from .triton_device import ADAM, COLUMNS, LION, SGD, _count, _update, _update_rounded
 
-CHUNK = 2**16  # elements a program takes
-BLOCK = 2**10  # of them at a time
+BLOCK = 2**9
+"""Elements that a program takes at a time: four a thread, so that a thread reads 16 bytes of fp32 at once and the
+registers (54 for Adam) leave room for 9 programs on a multiprocessor of an H100."""
+ROUNDED_BLOCK = 2**10  # of _update_rounded: 8 a thread, one call of Philox
+CHUNK = 2**16  # elements that a program takes at most
+PROGRAMS = 2**11  # as many where tensors are smaller: an H100 runs about a thousand at a time
 _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -70,19 +75,20 @@ def count(
     if not _serves(grads, momenta, types=(torch.bfloat16,) if wide else _STATE_TYPES):
         return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
     device = grads[0].device
-    launch = _launch([grads, momenta])
+    work, table, programs_of = _tables([grads, momenta])
     counts = torch.zeros((len(grads), 2), dtype=torch.int64, device=device)
-    squares = torch.zeros(launch.programs if norms else 0, dtype=torch.float64, device=device)
-    if launch.programs:
+    squares = torch.zeros(len(work) if norms else 0, dtype=torch.float64, device=device)
+    if len(work):
         with torch.cuda.device_of(counts):  # Triton launches on the current device, and a process may have several
-            _count[(launch.programs,)](
-                launch.work, launch.table, launch.numels, len(grads), _scalar(scale, device),
-                _scalar(threshold, device), counts, squares,
+            _count[(len(work),)](
+                work, table, len(grads), _scalar(scale, device), _scalar(threshold, device),
+                counts, squares,
                 G=_TYPES[grads[0].dtype], M=_TYPES[momenta[0].dtype],
                 T=tl.float32 if wide else _TYPES[momenta[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
-                NORMS=norms, ALIGNED=launch.aligned, CHUNK=CHUNK, BLOCK=BLOCK, enable_fp_fusion=False,
+                NORMS=norms, BLOCK=BLOCK, enable_fp_fusion=False,
             )  # fmt: skip
-    return counts, torch.segment_reduce(squares, "sum", lengths=launch.programs_of) if norms else None
+    # unsafe: else it reads the lengths on the host, to check them
+    return counts, torch.segment_reduce(squares, "sum", lengths=programs_of, unsafe=True) if norms else None
 
 
 def update(
@@ -113,27 +119,28 @@ def update(
         )  # fmt: skip
     which, columns_of = kernel
     device = params[0].device
-    launch = _launch([grads, params, *moments])
+    work, table, _ = _tables([grads, params, *moments])
     numbers = _columns(columns_of(steps, hyperparameters), len(params), device)
     counts = torch.zeros((len(params) if counting else 0, 2), dtype=torch.int64, device=device)
     strengths = strengths.to(device)
     assert strengths.stride(1) == 1
     options: dict[str, Any] = {
-        "DIRECTION": which, "NESTEROV": bool(hyperparameters.get("nesterov")), "COLUMNS": numbers.shape[1],
+        "DIRECTION": which, "NESTEROV": bool(hyperparameters.get("nesterov")),
         "G": _TYPES[grads[0].dtype], "SCALE": scale is not None, "THRESHOLD": threshold > 0, "COUNTING": counting,
-        "ALIGNED": launch.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "enable_fp_fusion": False,
+        "enable_fp_fusion": False,
     }  # fmt: skip
-    if launch.programs:
+    P = _TYPES[params[0].dtype]
+    if len(work):
         read = (
-            launch.work, launch.table, launch.numels, len(params), _scalar(scale, device), _scalar(threshold, device),
-            strengths, strengths.stride(0), numbers,
+            work, table, len(params), _scalar(scale, device),
+            _scalar(threshold, device), strengths, strengths.stride(0), numbers,
         )  # fmt: skip
         with torch.cuda.device_of(counts):  # as in count
             if rounding is None:
-                _update[(launch.programs,)](*read, counts, T=_TYPES[params[0].dtype], **options)
+                _update[(len(work),)](*read, counts, T=P, BLOCK=BLOCK, **options)
             else:
-                places = _sent(torch.tensor(rounding.numbers(), dtype=torch.int64, device="cpu"), device)
-                _update_rounded[(launch.programs,)](*read, places, counts, P=_TYPES[params[0].dtype], **options)
+                places = device_tables.sent(np.array(rounding.numbers(), dtype=np.int64), device)
+                _update_rounded[(len(work),)](*read, places, counts, P=P, BLOCK=ROUNDED_BLOCK, **options)
     torch.autograd.graph.increment_version([*params, *(tensor for tensors in moments for tensor in tensors)])
     return counts if counting else None
 
@@ -171,67 +178,50 @@ _KERNELS = {rule.adam_: (ADAM, _adam), rule.lion_: (LION, _lion), rule.sgd_: (SG
 
 
 def _columns(columns: list[Column], rows: int, device: torch.device) -> Tensor:
-    """The numbers of every tensor, float64 (rows, columns) on the device."""
+    """The numbers of every tensor, float64 (rows, COLUMNS) on the device."""
+    columns = columns + [0.0] * (COLUMNS.value - len(columns))
     if any(isinstance(column, Tensor) for column in columns):
-        tensors = [_scalar(column, device).double() for column in columns if not isinstance(column, list)]
+        tensors = [_scalar(column, device) for column in columns if not isinstance(column, list)]
         assert len(tensors) == len(columns)
         return torch.stack([tensor.reshape(-1).expand(rows) for tensor in tensors], dim=1)
-    by_column = [column if isinstance(column, list) else [column] * rows for column in columns]
-    return _sent(torch.tensor(by_column, dtype=torch.float64, device="cpu").t().contiguous(), device)
+    table = np.array([column if isinstance(column, list) else [column] * rows for column in columns]).T.copy()
+    if any(isinstance(column, list) for column in columns):
+        return device_tables.sent(table, device)  # of this step
+    return device_tables.kept(("numbers", rows, *columns), device, lambda: table).view(rows, -1)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """What a launch needs to know of its tensors."""
-
-    programs: int
-    aligned: bool  # every tensor begins at a multiple of 16 bytes
-    work: Tensor
-    table: Tensor
-    numels: Tensor
-    programs_of: Tensor  # int64 (tensors,): how many programs take each tensor
-
-
-_launches: dict[tuple[int, ...], _Launch] = {}
-
-
-def _launch(lists: Sequence[Sequence[Tensor]]) -> _Launch:
-    """Made once for each set of addresses."""
+def _tables(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """``work`` and ``table`` of a launch, and how many programs take each tensor, int64 (tensors,)."""
+    device = lists[0][0].device
+    numels = tuple(tensor.numel() for tensor in lists[0])
     pointers = [tensor.data_ptr() for tensors in lists for tensor in tensors]
-    numels = [tensor.numel() for tensor in lists[0]]
-    key = (len(lists), *pointers, *numels)
-    if key not in _launches:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph is being captured, and gradients lie elsewhere than in the steps before it: take a step "
-                "before the capture and keep the gradients, with zero_grad(set_to_none=False)"
-            )
-        if len(_launches) >= 64:  # gradients that are freed between steps come to lie elsewhere
-            _launches.clear()
-        device = lists[0][0].device
-        rows = [(i, start) for i, numel in enumerate(numels) for start in range(0, numel, CHUNK)]
-        _launches[key] = _Launch(
-            programs=len(rows),
-            aligned=all(pointer % 16 == 0 for pointer in pointers),
-            work=_sent(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 2), device),
-            table=_sent(torch.tensor(pointers, dtype=torch.int64, device="cpu").view(len(lists), -1), device),
-            numels=_sent(torch.tensor(numels, dtype=torch.int64, device="cpu"), device),
-            programs_of=_sent(
-                torch.tensor([-(-numel // CHUNK) for numel in numels], dtype=torch.int64, device="cpu"), device
-            ),
-        )
-    return _launches[key]
+    unaligned = frozenset(i % len(numels) for i, pointer in enumerate(pointers) if pointer % 16)
+
+    def work() -> Table:
+        sizes, chunk = np.array(numels, dtype=np.int64), _chunk(sum(numels))
+        programs_of = -(-sizes // chunk)
+        tensor = np.repeat(np.arange(len(sizes)), programs_of)
+        start = (np.arange(len(tensor)) - np.repeat(np.cumsum(programs_of) - programs_of, programs_of)) * chunk
+        stop = np.minimum(start + chunk, sizes[tensor])
+        whole = np.where(np.isin(tensor, list(unaligned)), start, start + (stop - start) // BLOCK * BLOCK)
+        return np.concatenate([programs_of, np.stack([tensor, start, whole, stop], axis=1).reshape(-1)])
+
+    both = device_tables.kept(("work", unaligned, numels), device, work)
+    table = device_tables.kept(("table", *pointers), device, lambda: np.array(pointers, dtype=np.int64))
+    return both[len(numels) :].view(-1, 4), table, both[: len(numels)]
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor
+def _chunk(elements: int) -> int:
+    """Elements that a program takes, a multiple of BLOCK. Of the sizes alone: norms have the same bits on every GPU."""
+    return min(CHUNK, max(ROUNDED_BLOCK, 2 ** max(0, (elements // PROGRAMS).bit_length() - 1)))
 
 
 def _scalar(value: Tensor | float | None, device: torch.device) -> Tensor:
+    """A number in float64 on the device: the kernels are compiled for that."""
     if isinstance(value, Tensor):
-        return value.to(device)
-    return torch.full((), 1.0 if value is None else value, dtype=torch.float64, device=device)
+        return value.to(device, torch.float64)
+    number = 1.0 if value is None else float(value)
+    return device_tables.kept(("scalar", number), device, lambda: np.array(number)).view(())
 
 
 def _serves_update(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from alphaadam_dist.training import main_job
 from alphaadam_dist.training.plots import plot_run
-from benchmarks import rows, step_time
+from benchmarks import step_time, turns
 from tests.recipes.test_run_folder import SETTINGS
 
 
@@ -54,8 +54,8 @@ def test_the_picture_of_the_main_job_names_rate_and_seed(tmp_path: Path, monkeyp
 
 def _step_times(slow: float, path: Path) -> tuple[int, int]:
     """Pixels of bars, ours and the peers'."""
-    ratios = {rows.FUSED: 1.0, step_time.CLIPPED: 1.5, step_time.DEFAULT: 1.4, "C-AdamW": slow}
-    measured = [rows.Row("32 Mi", name, 1.0, rows.FUSED, ratio, (1.0, 1.0)) for name, ratio in ratios.items()]
+    ratios = {turns.FUSED: 1.0, turns.CLIPPED: 1.5, step_time.DEFAULT: 1.4, "C-AdamW": slow}
+    measured = [turns.Row("32 Mi", name, 1.0, turns.FUSED, ratio, (1.0, 1.0)) for name, ratio in ratios.items()]
     step_time.draw(measured, "a machine", path)
     return _pixels(path, step_time.OURS_COLOR), _pixels(path, step_time.PEERS_COLOR)
 

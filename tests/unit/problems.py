@@ -7,12 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from alphaadam_dist import AlphaAdam, rule
 from alphaadam_dist.optimizer import AlphaOptimizer
 
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (13,), (1,), (), (0,), (2, 3, 4))
 INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Cast(Tensor):
+    """A weight that multiplies in another way: it wraps a tensor that holds its values, and perhaps one more number."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor, scale: Tensor | None = None) -> Cast:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[no-any-return]
+            cls, held.size(), strides=held.stride(), dtype=held.dtype, device=held.device
+        )
+
+    def __init__(self, held: Tensor, scale: Tensor | None = None) -> None:
+        self.held, self.scale = held, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"] if self.scale is None else ["held", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Cast:
+        return Cast(inner["held"], inner.get("scale"))
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Cast, lambda cast: cast.held, (args, kwargs or {}))
+        result = operator(*args, **kwargs)
+        return Cast(result) if operator in (torch.ops.aten.detach.default, torch.ops.aten.view.default) else result
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

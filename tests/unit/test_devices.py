@@ -117,6 +117,12 @@ def test_a_graph_holds_the_step_of_one_device() -> None:
     check_places(named[:1], {}, (), capturable=True)
 
 
+def test_a_device_without_float64_is_refused() -> None:
+    param: Any = SimpleNamespace(device=torch.device("mps"), is_meta=False)
+    with pytest.raises(ValueError, match=r"parameter 'a' is on mps.*no float64.*Train on the CPU"):
+        check_places([("a", param)], {}, (), capturable=False)
+
+
 @pytest.mark.parametrize(
     ("devices", "expected"),
     [("cpu meta", "cpu"), ("meta cpu", "cpu"), ("meta meta", "meta"), ("", "cpu"), ("cpu cuda:1 cuda:0", "cuda:1")],

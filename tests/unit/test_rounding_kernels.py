@@ -16,8 +16,8 @@ from alphaadam_dist.kernels import cpu, reference
 from alphaadam_dist.optimizer import AlphaOptimizer
 from alphaadam_dist.rounding import Positions, Rounding, consecutive
 
+from .kernel_cases import DIRECTIONS, awkward, options_of_update, placed
 from .problems import same_bits, step_with
-from .test_kernels import DIRECTIONS, awkward, options_of_update, placed
 
 PLACES = [
     Positions(0, 10**9, 10**9), Positions(127, 10**9, 10**9), Positions(2**40 + 5, 10**9, 10**9), Positions(3, 1, 7),

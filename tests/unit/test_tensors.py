@@ -13,42 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._pytree import tree_map_only
 
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.tensors import local
 
 from .. import threads
 from ..older import gradients_of_another_dtype
-from .problems import gradients, memory_of, parameters_of, same_bits, step_with, tensors
+from .problems import Cast, gradients, memory_of, parameters_of, same_bits, step_with, tensors
 
 KINDS = (AlphaAdam, AlphaLion, AlphaSGD)
-
-
-class Cast(Tensor):
-    """A weight that multiplies in another way: it wraps a tensor that holds its values, and perhaps one more number."""
-
-    @staticmethod
-    def __new__(cls, held: Tensor, scale: Tensor | None = None) -> Cast:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[no-any-return]
-            cls, held.size(), strides=held.stride(), dtype=held.dtype, device=held.device
-        )
-
-    def __init__(self, held: Tensor, scale: Tensor | None = None) -> None:
-        self.held, self.scale = held, scale
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"] if self.scale is None else ["held", "scale"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Cast:
-        return Cast(inner["held"], inner.get("scale"))
-
-    @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Cast, lambda cast: cast.held, (args, kwargs or {}))
-        result = operator(*args, **kwargs)
-        return Cast(result) if operator in (torch.ops.aten.detach.default, torch.ops.aten.view.default) else result
 
 
 class Opaque(Cast):

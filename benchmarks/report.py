@@ -1,75 +1,15 @@
-"""Rows of a benchmark: contestants that take turns, ratios, their bars, and the last committed run beside this one."""
+"""What a benchmark says of its rows: a table, which bars hold, and what moved since the last run."""
 
 from __future__ import annotations
 
 import json
-import random
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-FUSED = "AdamW fused"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contestant in one case: the median, and the ratio to ``against`` round by round."""
-
-    case: str
-    name: str
-    milliseconds: float
-    against: str
-    ratio: float
-    spread: tuple[float, float]  # the middle half of the ratios
-    gigabytes_per_second: float | None = None  # of the traffic that the algorithm needs
-    share_of_copy: float | None = None
-    bar: float | None = None
-
-
-Steps = dict[str, Callable[[], Any]]
-
-
-def take_turns(
-    steps: Steps, rounds: int, device: torch.device, before: Mapping[str, Callable[[], Any]] | None = None
-) -> dict[str, list[float]]:
-    """Seconds of every step, round by round, after one round that is not counted.
-
-    The order is drawn anew for each round, because a step pays for what the one before it leaves: garbage to collect
-    and cold caches. ``before`` has what runs ahead of a step, and is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, draw = list(steps), random.Random(0)
-    for round_ in range(rounds + 1):
-        draw.shuffle(order)
-        for name in order:
-            if before is not None:
-                before[name]()
-            _synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            _synchronize(device)
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def compare(case: str, name: str, seconds: dict[str, list[float]], against: str, bar: float | None = None) -> Row:
-    ratios = sorted(mine / theirs for mine, theirs in zip(seconds[name], seconds[against], strict=True))
-    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    return Row(case, name, 1e3 * statistics.median(seconds[name]), against, statistics.median(ratios), (low, high),
-               bar=bar)  # fmt: skip
+from benchmarks.turns import FUSED, Row
 
 
 def show(console: Console, rows: Sequence[Row], memory: dict[str, float]) -> None:
