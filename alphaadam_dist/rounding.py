@@ -83,9 +83,9 @@ class Rounding:
         each = zip(self.keys, self.positions, strict=True)
         return [self.n, *(x for key, at in each for x in (_signed(key), at.start, at.inner, at.stride))]
 
-    def of(self, i: int) -> "Rounding":
-        """How tensor i is rounded."""
-        return Rounding(self.n, [self.keys[i]], [self.positions[i]])
+    def of(self, part: Sequence[int]) -> "Rounding":
+        """How the tensors at these places are rounded."""
+        return Rounding(self.n, [self.keys[i] for i in part], [self.positions[i] for i in part])
 
 
 def _signed(key: int) -> int:

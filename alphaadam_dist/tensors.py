@@ -49,6 +49,14 @@ def has_memory(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
+def in_order(grad: Tensor, like: Tensor) -> tuple[Tensor, bool]:
+    """A gradient whose elements lie in memory as those of ``like``, and whether it had to be copied for that."""
+    dense = torch.ops.aten.is_non_overlapping_and_dense(like)
+    if not dense or grad.layout is not torch.strided or grad.stride() == like.stride() or grad.shape != like.shape:
+        return grad, False
+    return torch.empty_like(like, dtype=grad.dtype).copy_(grad), True
+
+
 def _memory_of(tensor: Tensor) -> Tensor:
     kind = type(tensor)
     if isinstance(tensor, FakeTensor):  # for estimates: no kernel reads it, torch only follows the shapes

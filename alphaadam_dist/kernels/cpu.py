@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import rule
 from ..rounding import Rounding
+from ..tensors import in_order
 from . import build, reference
 
 Unavailable = build.Unavailable
@@ -75,7 +76,7 @@ def count(
         return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
     counts, squared_norms, odd = torch.ops.alphaadam.count(grads, momenta, threshold, _number(scale), norms, wide)
     for i in odd:
-        grads[i], again = _in_order(grads[i], momenta[i])
+        grads[i], again = in_order(grads[i], momenta[i])
         kernel = count if again else reference.count
         one, norm = kernel([grads[i]], [momenta[i]], threshold=threshold, scale=scale, norms=norms, wide=wide)
         counts[i] = one[0]
@@ -117,11 +118,11 @@ def update(
         [] if rounding is None else rounding.numbers(),
     )  # fmt: skip
     for i in odd:
-        grad, again = _in_order(grads[i], params[i])
+        grad, again = in_order(grads[i], params[i])
         one = (update if again else reference.update)(
             direction, [params[i]], [grad], [[moment[i]] for moment in moments], strengths=strengths[i : i + 1],
             threshold=threshold, scale=scale, counting=counting, steps=None if steps is None else [steps[i]],
-            hyperparameters=hyperparameters, rounding=None if rounding is None else rounding.of(i),
+            hyperparameters=hyperparameters, rounding=None if rounding is None else rounding.of([i]),
         )  # fmt: skip
         if one is not None:
             counts[i] = one[0]
@@ -132,14 +133,6 @@ def advance(steps: list[Tensor]) -> list[float]:
     """As :func:`reference.advance`."""
     counted: list[float] = torch.ops.alphaadam.advance_(steps) if steps else []
     return counted
-
-
-def _in_order(grad: Tensor, like: Tensor) -> tuple[Tensor, bool]:
-    """A gradient whose elements lie as those of ``like``, and whether it had to be copied for that."""
-    dense = torch.ops.aten.is_non_overlapping_and_dense(like)
-    if not dense or grad.layout is not torch.strided or grad.stride() == like.stride() or grad.shape != like.shape:
-        return grad, False
-    return torch.empty_like(like, dtype=grad.dtype).copy_(grad), True
 
 
 def _adam(steps: list[float] | None, of: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,8 +5,9 @@ depends on where an element lies. Counts are added up as integers, norms over ch
 from device memory, in float64, and are rounded to the state's dtype where they are used: nothing here waits for the
 device, and a CUDA graph may hold the whole step.
 
-State is fp32 or fp64, or bf16 that rounding.py rounds, gradients those or bf16 or fp16. Other lists, and directions
-that are not in this file, go to the reference kernels.
+State is fp32 or fp64, or bf16 that rounding.py rounds, gradients those or bf16 or fp16; a list of several dtypes is a
+launch for each. A gradient that lies in memory in another order than its parameter is put in order in a copy. Other
+tensors go to the reference kernels, each alone, and so do directions that are not in this file.
 """
 
 import functools
@@ -20,12 +21,11 @@ from torch import Tensor
 
 from .. import rule
 from ..rounding import PARAMETER_DTYPES, Rounding
-from ..tensors import has_memory
+from ..tensors import has_memory, in_order
 from . import device_tables, reference
 from .build import Unavailable
 from .device_tables import Table
 from .reference import advance as advance
-from .reference import squared_norms as squared_norms
 from .triton_device import ADAM, COLUMNS, LION, SGD, _count, _update, _update_rounded
 
 BLOCK = 2**9
@@ -63,7 +63,7 @@ def load() -> None:
 
 
 def count(
-    grads: Sequence[Tensor],
+    grads: list[Tensor],
     momenta: Sequence[Tensor],
     *,
     threshold: float,
@@ -71,9 +71,41 @@ def count(
     norms: bool = False,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`reference.count`, in one launch."""
-    if not _serves(grads, momenta, types=(torch.bfloat16,) if wide else _STATE_TYPES):
-        return reference.count(grads, momenta, threshold=threshold, scale=scale, norms=norms, wide=wide)
+    """As :func:`reference.count`, in one launch. What has to be put in order is replaced in the list of gradients."""
+    options: dict[str, Any] = {"threshold": threshold, "scale": scale, "norms": norms, "wide": wide}
+    parts, odd = _parts(grads, (), [momenta], wide)
+    if not odd and len(parts) == 1:
+        return _count_alike(grads, momenta, **options)
+    rows: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for part in parts:
+        counts, squared_norms = _count_alike([grads[i] for i in part], [momenta[i] for i in part], **options)
+        for j, i in enumerate(part):
+            rows[i] = counts[j], None if squared_norms is None else squared_norms[j]
+    for i in odd:
+        grads[i], again = in_order(grads[i], momenta[i])
+        counts, squared_norms = (count if again else reference.count)([grads[i]], [momenta[i]], **options)
+        rows[i] = counts[0], None if squared_norms is None else squared_norms[0]
+    if not rows:
+        return reference.count(grads, momenta, **options)
+    ordered = [rows[i] for i in range(len(grads))]
+    return (
+        torch.stack([counts for counts, _ in ordered]),
+        torch.stack([norm for _, norm in ordered if norm is not None]) if norms else None,
+    )
+
+
+def squared_norms(grads: list[Tensor], momenta: Sequence[Tensor], *, wide: bool = False) -> Tensor:
+    """As :func:`reference.squared_norms`, without temporary tensors."""
+    norms = count(grads, momenta, threshold=0.0, scale=None, norms=True, wide=wide)[1]
+    assert norms is not None
+    return norms
+
+
+def _count_alike(
+    grads: Sequence[Tensor], momenta: Sequence[Tensor], *, threshold: float, scale: Tensor | float | None, norms: bool,
+    wide: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """:func:`count` of tensors that one launch takes."""
     device = grads[0].device
     work, table, programs_of = _tables([grads, momenta])
     counts = torch.zeros((len(grads), 2), dtype=torch.int64, device=device)
@@ -106,18 +138,46 @@ def update(
     rounding: Rounding | None = None,
 ) -> Tensor | None:
     """As :func:`reference.update`, in one launch. ``steps`` may be a float32 tensor of shape (n,) on the device."""
-    kernel = _KERNELS.get(direction)
-    if kernel is None or not _serves_update(grads, params, moments, rounding):
-        if isinstance(steps, Tensor):
-            raise ValueError(
-                f"capturable=True takes fp32 or fp64 parameters on one GPU and a direction of rule.py, and got "
-                f"{sorted({str(param.dtype) for param in params})}: leave capturable=False"
-            )
-        return reference.update(
-            direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
-            counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding,
+    options: dict[str, Any] = {
+        "threshold": threshold, "scale": scale, "counting": counting, "hyperparameters": hyperparameters,
+    }  # fmt: skip
+    parts, odd = _parts(grads, params, moments, rounding is not None)
+    if direction not in _KERNELS:
+        parts, odd = [], list(range(len(grads)))
+    if odd and isinstance(steps, Tensor):
+        raise ValueError(
+            f"capturable=True takes fp32 or fp64 parameters on one GPU and a direction of rule.py, and got "
+            f"{sorted({str(params[i].dtype) for i in odd})}: leave capturable=False"
+        )
+    if not odd and len(parts) == 1:
+        return _update_alike(
+            direction, params, grads, moments, strengths=strengths, steps=steps, rounding=rounding, **options
+        )
+    rows: dict[int, Tensor] = {}
+    for part in [*parts, *([i] for i in odd)]:
+        kernel: Callable[..., Tensor | None] = _update_alike
+        some = [grads[i] for i in part]
+        if part[0] in odd:
+            some[0], again = in_order(some[0], params[part[0]])
+            kernel = update if again else reference.update
+        counts = kernel(
+            direction, [params[i] for i in part], some, [[of[i] for i in part] for of in moments],
+            strengths=torch.stack([strengths[i] for i in part]),
+            steps=None if steps is None else torch.stack([steps[i] for i in part])
+            if isinstance(steps, Tensor) else [steps[i] for i in part],
+            rounding=None if rounding is None else rounding.of(part), **options,
         )  # fmt: skip
-    which, columns_of = kernel
+        rows.update(zip(part, () if counts is None else counts.unbind(), strict=counts is not None))
+    return torch.stack([rows[i] for i in range(len(grads))]) if counting and rows else None
+
+
+def _update_alike(
+    direction: Callable[..., None], params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], *,
+    strengths: Tensor, threshold: float, scale: Tensor | float | None, counting: bool,
+    steps: list[float] | Tensor | None, hyperparameters: Mapping[str, Any], rounding: Rounding | None,
+) -> Tensor | None:  # fmt: skip
+    """:func:`update` of tensors that one launch takes."""
+    which, columns_of = _KERNELS[direction]
     device = params[0].device
     work, table, _ = _tables([grads, params, *moments])
     numbers = _columns(columns_of(steps, hyperparameters), len(params), device)
@@ -224,37 +284,43 @@ def _scalar(value: Tensor | float | None, device: torch.device) -> Tensor:
     return device_tables.kept(("scalar", number), device, lambda: np.array(number)).view(())
 
 
-def _serves_update(
-    grads: Sequence[Tensor], params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], rounding: Rounding | None
-) -> bool:
-    if rounding is None:
-        return _serves(grads, params, *moments)
-    in_rows = all(tensor.is_contiguous() for tensors in (grads, params, *moments) for tensor in tensors)
-    return (
-        in_rows and _serves(grads, params, types=PARAMETER_DTYPES) and _serves(grads, *moments, types=(torch.bfloat16,))
-    )
+def _parts(
+    grads: Sequence[Tensor], params: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], wide: bool
+) -> tuple[list[list[int]], list[int]]:
+    """The places of what goes in one launch, for each launch, and of what goes in none. ``params`` may be left out."""
+    parts: dict[tuple[torch.dtype, ...], list[int]] = {}
+    odd = []
+    for i, grad in enumerate(grads):
+        own, kept = list(params[i : i + 1]), [of[i] for of in moments]
+        if _serves(grad, own, kept, grads[0].device, wide):
+            parts.setdefault(tuple(tensor.dtype for tensor in (grad, *own, *kept)), []).append(i)
+        else:
+            odd.append(i)
+    return list(parts.values()), odd
 
 
-def _serves(grads: Sequence[Tensor], *own: Sequence[Tensor], types: Sequence[torch.dtype] = _STATE_TYPES) -> bool:
-    """All of one device, each list of one dtype that the kernels take, all tensors runs of memory in the same order.
+def _serves(grad: Tensor, param: list[Tensor], moments: list[Tensor], device: torch.device, wide: bool) -> bool:
+    """Of that device, of dtypes that a launch takes, and all runs of memory in the same order.
 
     A tensor subclass may have no memory of its own.
     """
-    if not grads:
+    held = [*param, *moments]
+    if not all(has_memory(tensor) and tensor.device == device for tensor in (grad, *held)):
         return False
-    device, grad_type, state_type = grads[0].device, grads[0].dtype, own[0][0].dtype
-    if grad_type not in _TYPES or state_type not in types:
+    if grad.dtype not in _TYPES or grad.layout is not torch.strided or grad.is_neg():  # memory has the other sign then
         return False
-    if not all(has_memory(tensor) for tensors in (grads, *own) for tensor in tensors):
+    if wide:
+        types = all(tensor.dtype == torch.bfloat16 for tensor in moments) and all(
+            tensor.dtype in PARAMETER_DTYPES for tensor in param
+        )
+        return types and all(tensor.is_contiguous() and tensor.numel() == grad.numel() for tensor in (grad, *held))
+    if moments[0].dtype not in _STATE_TYPES or any(tensor.dtype != moments[0].dtype for tensor in held):
         return False
-    for grad, *tensors in zip(grads, *own, strict=True):
-        if grad.dtype != grad_type or grad.device != device or grad.is_neg():  # memory has the other sign then
-            return False
-        for tensor in tensors:
-            if tensor.dtype != state_type or tensor.device != device or tensor.numel() != grad.numel():
-                return False
-            if not (tensor.is_contiguous() and grad.is_contiguous()) and not (
-                torch.ops.aten.is_non_overlapping_and_dense(tensor) and tensor.stride() == grad.stride()
-            ):
-                return False
-    return True
+    return all(
+        tensor.numel() == grad.numel()
+        and (
+            (tensor.is_contiguous() and grad.is_contiguous())
+            or (torch.ops.aten.is_non_overlapping_and_dense(tensor) and tensor.stride() == grad.stride())
+        )
+        for tensor in held
+    )

@@ -64,3 +64,14 @@ def options_of_update(direction: str, tensors: int, threshold: float, scale: Any
         "threshold": threshold, "scale": scale, "counting": True, "hyperparameters": DIRECTIONS[direction][2],
         "steps": [1.0 + 9 * i for i in range(tensors)] if "adam" in direction else None,
     }  # fmt: skip
+
+
+def with_odd_ones() -> dict[str, Tensor]:
+    """Parameters of one list; the kernels take all but the last two."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(4, 6, 8, 10, generator=generator)
+    return {
+        "plain": made[0].clone(), "transposed gradient": made[1].clone(),
+        "channels_last": made.clone(memory_format=torch.channels_last), "transposed": made[2].clone().mT,
+        "bf16": made[3].bfloat16(), "gaps": made[3][:, ::2].clone(memory_format=torch.preserve_format)[:, :, ::2],
+    }  # fmt: skip

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, kernels, rule
 from alphaadam_dist.kernels import build, cpu, reference
 
-from .kernel_cases import DIRECTIONS, SIZES, case, options_of_update, placed, same
+from .kernel_cases import DIRECTIONS, SIZES, case, options_of_update, placed, same, with_odd_ones
 
 sizes = st.lists(st.sampled_from(SIZES), max_size=5)
 
@@ -298,17 +298,6 @@ def test_processors_of_several_kinds_give_the_same_bits() -> None:
 
 
 # ---- one odd tensor in a list ---------------------------------------------------------------------------------------
-
-
-def with_odd_ones() -> dict[str, Tensor]:
-    """Parameters of one list; the kernels take all but the last two."""
-    generator = torch.Generator().manual_seed(0)
-    made = torch.randn(4, 6, 8, 10, generator=generator)
-    return {
-        "plain": made[0].clone(), "transposed gradient": made[1].clone(),
-        "channels_last": made.clone(memory_format=torch.channels_last), "transposed": made[2].clone().mT,
-        "bf16": made[3].bfloat16(), "gaps": made[3][:, ::2].clone(memory_format=torch.preserve_format)[:, :, ::2],
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"clip_norm": 0.1}, {"clip_norm": 0.1, "threshold": 0.1}])

@@ -16,7 +16,7 @@ from alphaadam_dist import options as options_module
 from alphaadam_dist.kernels import cpu, device_tables, reference
 from alphaadam_dist.rounding import Positions, Rounding
 
-from .kernel_cases import DIRECTIONS, SIZES, case, options_of_update, placed, same
+from .kernel_cases import DIRECTIONS, SIZES, case, options_of_update, placed, same, with_odd_ones
 from .problems import Cast, same_bits
 
 kernels = pytest.importorskip("alphaadam_dist.kernels.triton", reason="Triton is not installed")
@@ -61,6 +61,49 @@ def test_update(seed: int) -> None:
     for start, ours, theirs in zip(before, ours_params, params, strict=True):
         near = (ours.cpu() - theirs).abs() <= rounding * (start.abs() + theirs.abs() + 0.02)
         assert (same(ours.cpu(), theirs) | near).all()
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["fp32 state", "bf16 state"])
+def test_an_odd_tensor_goes_to_the_reference_alone(rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of two dtypes is two launches, and a gradient in another order than its parameter is put in order."""
+    odd = ["channels_last", "transposed", "gaps"] if rounds else ["bf16", "gaps"]
+    held = with_odd_ones()
+    generator = torch.Generator().manual_seed(1)
+    lists = [[param.to(DEVICE) for param in with_odd_ones().values()] for _ in range(2)]
+    grads = [torch.randn(param.shape, generator=generator).to(DEVICE, param.dtype) for param in held.values()]
+    grads[1] = grads[1].mT.contiguous().mT
+    state = torch.bfloat16 if rounds else None
+    momenta = [[torch.zeros_like(param, dtype=state) for param in params] for params in lists]
+    _, _, hyperparameters = DIRECTIONS["sgd"]
+    rounding = Rounding(1, list(range(len(held))), [Positions(0, 2**20, 2**20)] * len(held)) if rounds else None
+    seen: list[torch.Size] = []
+
+    def noted(direction: Any, params: list[Tensor], *args: Any, **options: Any) -> Tensor | None:
+        seen.extend(param.shape for param in params)
+        return update(direction, params, *args, **options)
+
+    update = reference.update
+    options: dict[str, Any] = {
+        "strengths": torch.tensor([[1.5, 0.5]], dtype=torch.float64).expand(len(held), 2), "threshold": 0.0,
+        "scale": None, "counting": True, "steps": None, "hyperparameters": hyperparameters, "rounding": rounding,
+    }  # fmt: skip
+    expected = update(rule.sgd_, lists[0], grads, [momenta[0]], **options)
+    monkeypatch.setattr(reference, "update", noted)
+    counts = kernels.update(rule.sgd_, lists[1], list(grads), [momenta[1]], **options)
+    assert counts is not None
+    assert torch.equal(counts, expected)
+    assert seen == [held[name].shape for name in odd]
+    for i, name in enumerate(held):
+        for theirs, ours in ((lists[0][i], lists[1][i]), (momenta[0][i], momenta[1][i])):
+            # the interpreter's fused multiply-add is not fused
+            torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6)
+            assert name not in odd or same_bits(theirs, ours)
+    expected_counts, expected_norms = reference.count(
+        grads, momenta[0], threshold=0.0, scale=None, norms=True, wide=rounds
+    )
+    counts, norms = kernels.count(list(grads), momenta[0], threshold=0.0, scale=None, norms=True, wide=rounds)
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.slow
