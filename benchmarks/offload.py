@@ -9,37 +9,23 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+import alphaadam_dist  # noqa: F401  # so that a config may name AlphaAdam
 from benchmarks.turns import Row, Steps, compare, take_turns
 
 OFFLOAD_PEER = "DeepSpeedCPUAdam"
+CONTESTANTS = (OFFLOAD_PEER, "AlphaAdam delayed", "AlphaAdam exact")
 BARS = {"AlphaAdam delayed": 0.85, "AlphaAdam exact": 1.10}
 
 
 def offloaded(stage: int, rounds: int) -> list[Row]:
-    """ZeRO with the optimizer on the CPU, 32 Mi bf16 parameters, clipped: engine.step(), and the optimizer's share."""
-    import deepspeed
-
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
-    steps: Steps = {}
-    backwards: Steps = {}
-    shares: dict[str, list[float]] = {}
-    for name in (OFFLOAD_PEER, "AlphaAdam delayed", "AlphaAdam exact"):
-        options = {"lr": 1e-3, "sync": name.removeprefix("AlphaAdam "), "fused": True}
-        adam = {"type": "AdamW", "params": {"lr": 1e-3}}
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": True},
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
-            "optimizer": adam if name == OFFLOAD_PEER else {"type": "AlphaAdam", "params": options},
-        }
-        model = _Sum()
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-        shares[name] = _timed(engine.optimizer)
-        steps[name] = engine.step
-        backwards[name] = partial(_backward, engine)
+    """32 Mi bf16 parameters, clipped: engine.step(), and the optimizer's share of it."""
+    engines = {name: engine_of(stage, name) for name in CONTESTANTS}
+    shares = {name: _timed(engine.optimizer) for name, engine in engines.items()}
+    steps: Steps = {name: engine.step for name, engine in engines.items()}
+    backwards: Steps = {name: partial(backward, engine) for name, engine in engines.items()}
     seconds = take_turns(steps, rounds, torch.device("cpu"), backwards)
     share = {name: times[1:] for name, times in shares.items()}
     rows = []
@@ -49,18 +35,38 @@ def offloaded(stage: int, rounds: int) -> list[Row]:
     return rows
 
 
-class _Sum(nn.Module):
-    """32 Mi parameters and next to no work beside their gradients."""
+def engine_of(stage: int, name: str) -> Any:
+    """A DeepSpeed engine over 32 Mi bf16 parameters a rank with one of the contestants on the CPU."""
+    import deepspeed
 
-    def __init__(self) -> None:
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
+    options = {"lr": 1e-3, "sync": name.removeprefix("AlphaAdam "), "fused": True}
+    adam = {"type": "AdamW", "params": {"lr": 1e-3}}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": adam if name == OFFLOAD_PEER else {"type": "AlphaAdam", "params": options},
+    }
+    model = _Sum(2 * dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine
+
+
+class _Sum(nn.Module):
+    """Matrices of 16 Mi elements and next to no work beside their gradients."""
+
+    def __init__(self, matrices: int) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4096, 4096)) for _ in range(2)])
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4096, 4096)) for _ in range(matrices)])
 
     def forward(self, seed: Tensor) -> Tensor:
         return torch.stack([(weight * seed).sum() for weight in self.weights]).sum()
 
 
-def _backward(engine: Any) -> None:
+def backward(engine: Any) -> None:
+    """One forward and backward."""
     engine.backward(engine(torch.tensor(1.0)))
 
 
