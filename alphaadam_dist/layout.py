@@ -113,9 +113,10 @@ class Layout:
     drift_told: bool = False
     places: object = None
     left_out: tuple[Tensor, ...] = ()
-    _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _keys_of_bits: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
-    _cuts: dict[Tensor, Cut] = field(default_factory=dict, repr=False)
+    # kept answers; dataclasses.replace leaves them behind, because another layout's are others
+    _indices: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _keys_of_bits: dict[tuple[str, int], int] = field(default_factory=dict, init=False, repr=False)
+    _cuts: dict[Tensor, Cut] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def several_devices(self) -> bool:

@@ -129,7 +129,7 @@ def _without(
             kept += _runs(segment, held[first:last], absent, late)
         # a flat of which nothing is left is stepped as well, with no elements, so that its count goes on
         segments[flat] = tuple(kept) or (Segment(0, 0, 0, owned=False, whole=False),)
-    return dataclasses.replace(layout, segments=segments, _indices={})
+    return dataclasses.replace(layout, segments=segments)
 
 
 def _runs(segment: Segment, shards: Sequence[Shard], absent: Set[str], late: Mapping[str, int]) -> Iterator[Segment]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 from typing import Any
 
@@ -216,6 +217,17 @@ def test_indices_are_rows_and_ownership() -> None:
     assert owned.tolist() == [1, 0, 1, 0]
     assert owned.dtype == torch.float64
     assert built.indices(segments)[0] is rows
+
+
+def test_a_layout_of_other_segments_answers_for_itself() -> None:
+    """DeepSpeed's flats stay the same tensors where a step leaves some of their parameters out."""
+    built = made([[Shard("a", (), 0, 4, 4), Shard("b", (), 4, 2, 2)]], [6], merge=False)
+    (flat,) = built.params
+    first, second = built.cut_of([flat]).segments
+    assert (first.numel, second.numel) == (4, 2)
+    without = dataclasses.replace(built, segments={flat: (second,)})
+    assert without.cut_of([flat]).segments == (second,)
+    assert built.cut_of([flat]).segments == (first, second)
 
 
 @pytest.mark.parametrize("where", ["one parameter", "two parameters"])
