@@ -43,17 +43,23 @@ class LocalTensors:
         """In the order of the lists."""
         return self.cut.segments
 
-    def advance_steps(self, kernels: ModuleType, capturable: bool) -> list[float] | Tensor:
-        """Count an update of every parameter in place; t of each segment, on its device if ``capturable``."""
-        steps = [state["step"] for state in self.states]
+    def advance_steps(self, kernels: ModuleType, own: dict[int, Tensor], *, capturable: bool) -> list[float] | Tensor:
+        """Count an update of every parameter in place; t of each segment, on its device if ``capturable``.
+
+        ``own`` has the steps that were counted before, by id of the parameter. Others are copied first: checkpoints
+        make parameters share one, which would count for all of them.
+        """
         pairs = zip(self.segments, self.cut.of, strict=True)
         if capturable:
+            steps = [state["step"] for state in self.states]
             torch._foreach_add_(steps, 1.0)
             return torch.stack([steps[i] - segment.late if segment.late else steps[i] for segment, i in pairs])
-        if len({id(step) for step in steps}) < len(steps):  # somebody has made parameters share one
-            for state in self.states:
-                state["step"] = state["step"].clone()
-            steps = [state["step"] for state in self.states]
+        steps = []
+        for param, state in zip(self.cut.params, self.states, strict=True):
+            step = state["step"]
+            if own.get(id(param)) is not step:
+                state["step"] = own[id(param)] = step = step.clone()
+            steps.append(step)
         counted: list[float] = kernels.advance(steps)
         return [counted[i] - segment.late for segment, i in pairs]
 

@@ -60,6 +60,7 @@ class Run:
         idle_steps: how many steps have had no gradient on this rank; None once one had, or once that was said.
         n: steps applied to the whole model, from the first whose learning rate is not 0; rounding reads it.
         published_rounding: as ``published``, of n.
+        steps: the counts of updates that the state has from this run, by id of the parameter.
     """
 
     owner: weakref.ref[Persistent]
@@ -74,6 +75,7 @@ class Run:
     idle_steps: int | None = 0
     n: int = 0
     published_rounding: list[int] | None = None
+    steps: dict[int, Tensor] = field(default_factory=dict)
 
     def count_step(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """A step has been applied. Whether it counts: torch's checkpoints make state by first ones at a rate of 0."""

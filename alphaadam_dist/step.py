@@ -148,7 +148,9 @@ class Step:
                 threshold=chosen.threshold,
                 scale=scale,
                 counting=chosen.masked and not chosen.reads_first,
-                steps=part.advance_steps(kernels, chosen.capturable) if optimizer.counts_steps else None,
+                steps=part.advance_steps(kernels, optimizer._run.steps, capturable=chosen.capturable)
+                if optimizer.counts_steps
+                else None,
                 hyperparameters=self._hyperparameters(group),
                 rounding=self._rounding(part.segments),
             )

@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 class ZeroPlayer(Compared):
     def __init__(self, unit: Unit, start: np.ndarray[Any, Any]) -> None:
-        self.unit, self.start = unit, start
+        self.unit, self.start, self.options = unit, start, unit.options
         self.where = f"rank {dist.get_rank()}"
         self.numbers = sorted(set(unit.group_of) - set(unit.late))
         self._start()
