@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 from . import older
 from .ranks import Ranks
 
+older.load_what_deepspeed_saved()
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

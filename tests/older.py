@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -27,6 +28,7 @@ LACKS = {
     "Offloading is supported only for DeepSpeed FusedAdam": "with DeepSpeed 0.15 moves no parameters alone",
     "at stage 0: DeepSpeed has made its partitions": "with DeepSpeed 0.15 has the wrapper of stage 1 at 0",
     "'BF16_Optimizer' object has no attribute 'fp16_groups'": "with DeepSpeed 0.15 has the wrapper of stage 1 at 0",
+    "attempting to reduce an unsupported grad type: torch.float16": "with DeepSpeed 0.15 reduces no fp16 on a CPU at 0",
 }
 """What the oldest corner itself cannot do, by what it says. The tests that ask for it are skipped there."""
 
@@ -43,9 +45,27 @@ def _deepspeed() -> tuple[int, ...]:
         return ()
 
 
-deepspeed_has_bf16_masters = pytest.mark.skipif(
-    _deepspeed() < (0, 18, 3), reason="this DeepSpeed has fp32 masters only"
-)
+DEEPSPEED = _deepspeed()
+
+
+def since_deepspeed(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skip a test on an older DeepSpeed, with what is otherwise there."""
+    return pytest.mark.skipif(numbers(version) > DEEPSPEED, reason=f"this DeepSpeed {reason}")
+
+
+deepspeed_has_bf16_masters = since_deepspeed("0.18.3", "has fp32 masters only")
+
+
+def load_what_deepspeed_saved() -> None:
+    """Make torch.load unpickle DeepSpeed's objects where DeepSpeed, before 0.16, does not ask it to. For all ranks."""
+    if () < DEEPSPEED < (0, 16):
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+def needs_universal_checkpoints(stage: int) -> None:
+    """Skip the rest of a test, which needs universal checkpoints of this stage."""
+    if stage == 3 and DEEPSPEED < (0, 18):
+        pytest.skip("this DeepSpeed has none of more than one flat")
 
 
 def lacks(error: BaseException) -> str | None:

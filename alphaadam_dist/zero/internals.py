@@ -37,7 +37,8 @@ CLASS_NAMES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": (
         "_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check",
         "_get_gradients_for_reduction", "autotp_size", "bf16_master_weights_and_gradients", "bf16_optimizer_states",
-        "fp16_enabled", "fp16_master_weights_and_gradients", "gradient_clipping", "managed_gradient_accumulation",
+        "fp16_enabled", "fp16_master_weights_and_gradients", "gradient_clipping", "load_universal_checkpoint",
+        "managed_gradient_accumulation",
         "optimizer_name", "optimizer_params", "steps_per_print", "super_offload", "torch_autocast_dtype",
         "torch_autocast_enabled", "zenflow_config", "zero_elastic_checkpoint", "zero_offload_optimizer",
         "zero_optimization_stage", "zero_partial_offload",

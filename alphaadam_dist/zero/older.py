@@ -41,6 +41,11 @@ def asked(engine: Any, name: str, otherwise: Any) -> Any:
     return getattr(engine, name)() if hasattr(engine, name) else otherwise
 
 
+def loads_universal_at_3() -> bool:
+    """A universal checkpoint of stage 3 fills all flats, by the rank in the group. Before 0.18.0 only the first."""
+    return not versions.before("0.18.0")
+
+
 def at_boundary(zero: Any) -> bool:
     """The micro-batch is the last of its step; a method since 0.19.5, an attribute before."""
     boundary = zero.is_gradient_accumulation_boundary

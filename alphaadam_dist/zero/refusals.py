@@ -10,7 +10,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ..optimizer import AlphaOptimizer
-from . import older
+from . import older, versions
 
 Refusal = tuple[bool, str, str]
 """Whether it is there, what it is, and what to do."""
@@ -91,6 +91,14 @@ def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
         "zero_optimization.elastic_checkpoint=true",
         "DeepSpeed could load none of the checkpoints that it saves so: set it to false, and change the number of "
         "ranks through a universal checkpoint",
+    )
+    yield (
+        engine.load_universal_checkpoint()
+        and engine.zero_optimization_stage() == 3
+        and not older.loads_universal_at_3(),
+        f"checkpoint.load_universal=true with zero_optimization.stage=3 under DeepSpeed {versions.installed()}",
+        "it would load the first parameter group only, and on a second node the first one's part: upgrade to "
+        "deepspeed>=0.18.0, or set it to false and load the checkpoint as it was saved, on as many ranks",
     )
 
 

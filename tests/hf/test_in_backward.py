@@ -31,7 +31,7 @@ def trained(folder: str, arguments: dict[str, Any]) -> tuple[list[str], Any]:
 
 
 def run(folder: str, arguments: dict[str, Any], *, in_backward: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
     with trainer.clean():
         args = TrainingArguments(output_dir=folder, **arguments)
@@ -39,7 +39,7 @@ def run(folder: str, arguments: dict[str, Any], *, in_backward: bool) -> tuple[d
             trainer.shard_on_cpu(args)
         client = (AlphaAdam, {**trainer.ADAM, "sync": "delayed"})
         data = trainer.Sequences(trainer.STEPS)
-        hf = Trainer(model=tiny_llama(), args=args, train_dataset=data, optimizer_cls_and_kwargs=client)
+        hf = trainer.in_order()(model=tiny_llama(), args=args, train_dataset=data, optimizer_cls_and_kwargs=client)
 
         class InBackward(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:

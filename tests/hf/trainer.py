@@ -24,7 +24,7 @@ ARGUMENTS: dict[str, Any] = {
     "learning_rate": 5e-3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.2,
     "max_grad_norm": 0.5, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2,
     "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": STEPS,
-    "train_sampling_strategy": "sequential", "use_cpu": True, "report_to": [], "disable_tqdm": True,
+    "use_cpu": True, "report_to": [], "disable_tqdm": True,
     "save_strategy": "no", "logging_steps": 1, "log_level": "error", "dataloader_pin_memory": False,
 }  # fmt: skip
 ADAM = {"lr": 5e-3, "betas": (0.8, 0.95), "eps": 1e-7}  # what these arguments ask of the optimizer
@@ -98,6 +98,17 @@ def find(optimizer: Any) -> Any:
     return optimizer
 
 
+def in_order() -> Any:
+    """HF's Trainer, taking the sequences one after another; older ones have no argument for that."""
+    from transformers import Trainer
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return InOrder
+
+
 def train(folder: str, ds_config: dict[str, Any] | None, arguments: dict[str, Any] | None = None, *,
           client: dict[str, Any] | None = None, optimizer: type = AlphaAdam, seed: int = 0, resume: str | None = None,
           build: Callable[[], nn.Module] | None = None, callbacks: Callable[[], list[Any]] | None = None,
@@ -113,7 +124,7 @@ def train(folder: str, ds_config: dict[str, Any] | None, arguments: dict[str, An
         watch: read alpha and the counts after every step.
         state: read them at the end.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
     seen: list[Any] = []
 
@@ -126,7 +137,7 @@ def train(folder: str, ds_config: dict[str, Any] | None, arguments: dict[str, An
         if args.fsdp:
             shard_on_cpu(args)
         model = build() if build else tiny_llama(seed)
-        trainer = Trainer(
+        trainer = in_order()(
             model=model,
             args=args,
             train_dataset=Sequences(STEPS),

@@ -15,6 +15,7 @@ from tests.hf import trainer
 from tests.hf.test_no_decay import MODES, start, train
 from tests.hf.test_trainer import check, warmup_decay
 from tests.models import Given, given_gradients
+from tests.older import needs_universal_checkpoints
 from tests.ranks import Ranks
 from tests.zero import engine
 from tests.zero.test_equality import assert_equal
@@ -177,6 +178,7 @@ def test_a_checkpoint_keeps_it(ranks2: Ranks, tmp_path: Path, mode: str) -> None
 def test_a_universal_checkpoint_keeps_it(ranks2: Ranks, ranks1: Ranks, tmp_path: Path, mode: str) -> None:
     """On another number of ranks. One that was written before lr_scale goes on at 1, in every group."""
     straight = ranks2.run(interrupted, mode, str(tmp_path), None)[0]
+    needs_universal_checkpoints(MODES[mode][0]["zero_optimization"]["stage"])
     convert(tmp_path)
     resumed = ranks1.run(interrupted, mode, str(tmp_path), "universal", universal=True)
     assert resumed[0]["loaded"] == [(1.0, 0.1), (4.0, 0.1), (0.3, 0.0)]

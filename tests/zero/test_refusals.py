@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.zero import internals, registration
 from tests.models import Given, tiny_llama
+from tests.older import since_deepspeed
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
 
@@ -44,7 +47,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"torch_autocast with dtype float16: .* use dtype bfloat16",
     ),
     "fp16 masters": (
-        {**offload(), "fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+        {**engine.config(2, offload=True), "fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
         r"fp16\.fp16_master_weights_and_grads=true: .* set it to false",
     ),
     "bf16 states": (
@@ -76,6 +79,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"zero_optimization\.offload_optimizer\.device='nvme' with sync='exact': .* set sync='delayed'",
     ),
 }  # fmt: skip
+SINCE = {"deepcompile": "0.16.6", "fp16 autocast": "0.17.2", "zenflow": "0.17.5", "super offload": "0.18.0",
+         "bf16 states": "0.18.3"}  # fmt: skip
+"""The first DeepSpeed that knows what is refused; older ones ignore it, with every optimizer, or stop by themselves."""
+
+
+def known(case: str) -> Any:
+    marks = since_deepspeed(SINCE[case], "knows no such key") if case in SINCE else ()
+    return pytest.param(case, marks=marks)
 
 
 def initialize(ds_config: dict[str, Any], options: dict[str, Any], client: bool) -> None:
@@ -84,7 +95,7 @@ def initialize(ds_config: dict[str, Any], options: dict[str, Any], client: bool)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("client", [True, False], ids=["client", "json"])
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", [known(case) for case in CONFIGS])
 def test_config_is_refused(ranks2: Ranks, case: str, client: bool) -> None:
     config, message = CONFIGS[case]
     with pytest.raises(RankError, match=r"ValueError: AlphaAdam under DeepSpeed does not serve " + message):
@@ -109,11 +120,24 @@ def tensor_parallel() -> None:
     engine.start(tiny_llama(), config, {}, True, "AlphaAdam")
 
 
+@since_deepspeed("0.16.4", "knows no tensor_parallel in training")
 @pytest.mark.slow
 def test_tensor_parallel_is_refused(ranks2: Ranks) -> None:
     with pytest.raises(RankError, match=r"does not serve tensor parallelism .*autotp_size=2, .* set autotp_size to 1"):
         ranks2.run(tensor_parallel)
     ranks2.restart()  # DeepSpeed keeps the group: every later engine in the process would be told of two model ranks
+
+
+def universal() -> None:
+    config = {**engine.config(3), "checkpoint": {"load_universal": True}}
+    with mock.patch.object(sys.modules["deepspeed"], "__version__", "0.15.4"):
+        engine.start(Given(), config, {}, True, "AlphaAdam")
+
+
+def test_universal_checkpoints_that_deepspeed_loads_in_part_are_refused(ranks2: Ranks) -> None:
+    message = r"checkpoint\.load_universal=true with zero_optimization\.stage=3 under DeepSpeed 0\.15\.4: .*>=0\.18\.0"
+    with pytest.raises(RankError, match=message):
+        ranks2.run(universal)
 
 
 def pipeline() -> None:
