@@ -187,9 +187,9 @@ class FamilyOptions:
             parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
         process_group: the ranks that hold the model. By default all; it must be given for FSDP1, pipeline stages, and
             DTensors whose meshes are smaller than the world.
-        fused: True: the fast kernels, one pass over memory; False: the reference, in torch operations, some ten times
-            slower or more; None: the fast ones for models of a million parameters and more, where they can be had (see
-            :mod:`.kernels`).
+        fused: True: the fast kernels, one pass over memory, or an error that says why not and for which parameter;
+            False: the reference, in torch operations, some ten times slower or more; None: the fast ones for models of
+            a million parameters and more, where they can be had (see :mod:`.kernels`).
         capturable: a CUDA graph may hold the step: nothing in it waits for the device, ``step`` lies there too. Needs
             fp32 or fp64 parameters on a GPU, and sync="exact". Give lr as a tensor to change it between replays.
         maximize: ascend.
