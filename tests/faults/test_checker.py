@@ -116,7 +116,7 @@ def lion_by_the_new_momentum(patch: Patch) -> None:
 
 def bias_corrected_by_the_next_step(patch: Patch) -> None:
     steps = local_tensors.LocalTensors.advance_steps
-    patch.setattr(local_tensors.LocalTensors, "advance_steps", lambda *args: [t + 1 for t in steps(*args)])
+    patch.setattr(local_tensors.LocalTensors, "advance_steps", lambda *args, **of: [t + 1 for t in steps(*args, **of)])
 
 
 def none_is_zero(patch: Patch) -> None:
