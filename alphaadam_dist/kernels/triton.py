@@ -149,6 +149,10 @@ def update(
             f"capturable=True takes fp32 or fp64 parameters on one GPU and a direction of rule.py, and got "
             f"{sorted({str(params[i].dtype) for i in odd})}: leave capturable=False"
         )
+    if not grads:
+        return reference.update(
+            direction, params, grads, moments, strengths=strengths, steps=None, rounding=rounding, **options
+        )
     if not odd and len(parts) == 1:
         return _update_alike(
             direction, params, grads, moments, strengths=strengths, steps=steps, rounding=rounding, **options
@@ -168,7 +172,7 @@ def update(
             rounding=None if rounding is None else rounding.of(part), **options,
         )  # fmt: skip
         rows.update(zip(part, () if counts is None else counts.unbind(), strict=counts is not None))
-    return torch.stack([rows[i] for i in range(len(grads))]) if counting and rows else None
+    return torch.stack([rows[i] for i in range(len(grads))]) if counting else None
 
 
 def _update_alike(

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.two_tensor import TwoTensor
 
-from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
+from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, kernels
 from alphaadam_dist.tensors import local
 
 from .. import threads
@@ -235,15 +235,19 @@ def test_a_step_on_tensors_without_values_touches_no_memory(kind: Any, fused: bo
 
 
 @gradients_of_another_dtype
-@pytest.mark.parametrize("fused", [True, False, None])
+@pytest.mark.parametrize(
+    ("fused", "small"), [(None, 0), (False, 0), (None, kernels.SMALL)], ids=["fast", "slow", "unasked"]
+)
 @pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"threshold": 0.1}, {"clip_norm": 1.0},
                                      {"clip_norm": 1.0, "threshold": 0.1, "maximize": True}], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("of_param", "of_grad"), [(torch.float32, torch.bfloat16), (torch.float32, torch.float64),
                                                    (torch.bfloat16, torch.float32)], ids=str)  # fmt: skip
 def test_a_gradient_of_another_dtype_is_converted_to_its_parameters(
-    of_param: torch.dtype, of_grad: torch.dtype, options: dict[str, Any], fused: bool | None
-) -> None:
+    of_param: torch.dtype, of_grad: torch.dtype, options: dict[str, Any], fused: bool | None, small: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """On all kernels and at every size, also where a gradient is too small for the parameter's dtype."""
+    monkeypatch.setattr(kernels, "SMALL", small)
     ended = []
     for given in (of_param, of_grad):
         optimizer = AlphaSGD([nn.Parameter(p) for p in tensors(0, of_param)], fused=fused, **options)
