@@ -120,11 +120,11 @@ def _of_one_device(
 
 
 def _segments(cut: Cut, tensors: list[Tensor]) -> list[Tensor]:
-    """The segments of whole local tensors, one a parameter: views, or of a gradient in another order a copy."""
+    """The segments of whole local tensors, one a parameter: views, for what is written must arrive in them."""
     if cut.whole:
         return tensors
     pairs = zip(cut.segments, cut.of, strict=True)
-    return [tensors[i] if s.whole else tensors[i].reshape(-1)[s.start : s.start + s.numel] for s, i in pairs]
+    return [tensors[i] if s.whole else tensors[i].view(-1)[s.start : s.start + s.numel] for s, i in pairs]
 
 
 def gradient(param: Tensor) -> Tensor | None:

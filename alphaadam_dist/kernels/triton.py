@@ -158,10 +158,10 @@ def update(
             direction, params, grads, moments, strengths=strengths, steps=steps, rounding=rounding, **options
         )
     rows: dict[int, Tensor] = {}
-    for part in [*parts, *([i] for i in odd)]:
+    for alone, part in [*((False, part) for part in parts), *((True, [i]) for i in odd)]:
         kernel: Callable[..., Tensor | None] = _update_alike
         some = [grads[i] for i in part]
-        if part[0] in odd:
+        if alone:
             some[0], again = in_order(some[0], params[part[0]])
             kernel = update if again else reference.update
         counts = kernel(
