@@ -348,32 +348,3 @@ def test_fused_names_the_parameter_that_it_does_not_take(name: str, options: dic
     with pytest.raises(ValueError, match=f"fused=True, but parameter {says}"):
         AlphaAdam(params, fused=True, **options).step()
     assert torch.equal(params[0][1], before)
-
-
-def test_parameters_that_share_a_step_are_parted() -> None:
-    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    for param in params:
-        param.grad = torch.ones(2)
-    optimizer = AlphaAdam(params)
-    optimizer.step()
-    shared = torch.tensor(3.0)
-    for param in params:
-        optimizer.state[param]["step"] = shared
-    optimizer.step()
-    assert [float(optimizer.state[param]["step"]) for param in params] == [4, 4]
-    assert float(shared) == 3
-
-
-def test_a_step_shared_with_a_part_that_was_stepped_before_is_parted() -> None:
-    """DeepSpeed steps part by part, and its universal load at stage 3 makes all parts share a step."""
-    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    for param in params:
-        param.grad = torch.ones(2)
-    optimizer = AlphaAdam([{"params": [param]} for param in params])
-    optimizer.step()
-    shared = torch.tensor(3.0)
-    for param in params:
-        optimizer.state[param]["step"] = shared
-    optimizer.step()
-    assert [float(optimizer.state[param]["step"]) for param in params] == [4, 4]
-    assert float(shared) == 3

@@ -333,16 +333,31 @@ def test_distributed_checkpoint_state_dicts_round_trip() -> None:
     assert same(first, second)
 
 
-def test_parameters_whose_checkpoint_shares_a_step_get_one_each() -> None:
-    """DeepSpeed's universal load of stage 3 shares it; a step counted up in place would count for all of them."""
+def sharing_a_step(groups: int) -> tuple[AlphaAdam, list[torch.nn.Parameter], torch.Tensor]:
+    """An optimizer whose two parameters, in so many groups, have one step between them, at 3."""
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     for param in params:
         param.grad = torch.ones(2)
-    optimizer = AlphaAdam(params)
+    optimizer = AlphaAdam(params if groups == 1 else [{"params": [param]} for param in params])
     optimizer.step()
     shared = torch.tensor(3.0)
     for param in params:
         optimizer.state[param]["step"] = shared
+    return optimizer, params, shared
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_parameters_that_share_a_step_are_parted(groups: int) -> None:
+    """DeepSpeed steps part by part, and its universal load at stage 3 makes all parts share a step."""
+    optimizer, params, shared = sharing_a_step(groups)
+    optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [4, 4]
+    assert float(shared) == 3
+
+
+def test_parameters_whose_checkpoint_shares_a_step_get_one_each() -> None:
+    """DeepSpeed's universal load of stage 3 shares it; a step counted up in place would count for all of them."""
+    optimizer, params, _ = sharing_a_step(1)
     optimizer.__setstate__({})
     first, second = (optimizer.state[param]["step"] for param in params)
     assert (float(first), float(second)) == (3, 3)
