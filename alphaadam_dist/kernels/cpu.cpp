@@ -291,7 +291,8 @@ std::tuple<Tensor, Tensor, Odd> count(TensorList grads, TensorList moments, doub
   const auto chunks = chunks_of(grads, odd);
   std::vector<Counts> counted(chunks.size());
   std::vector<double> squared(norms ? chunks.size() : 0);
-  for_each(grads, chunks, [&](int64_t i, const Chunk& chunk) {
+  // Backwards: the update, which goes forwards, finds what was read last still in the cache.
+  for_each<true>(grads, chunks, [&](int64_t i, const Chunk& chunk) {
     const Tensor &grad = grads[chunk.tensor], &moment = moments[chunk.tensor];
     typed(moment, grad, [&]<typename T, typename G>() {
       const T factor = static_cast<T>(scale), bound = static_cast<T>(threshold);

@@ -40,14 +40,17 @@ std::vector<Chunk> chunks_of(TensorList tensors, const std::vector<int64_t>& odd
   return chunks;
 }
 
-// body(index, chunk) for every chunk, on torch's threads.
-template <typename Body>
+// body(index, chunk) for every chunk, on torch's threads; each goes through its own forwards or backwards.
+template <bool kBackwards = false, typename Body>
 void for_each(TensorList tensors, const std::vector<Chunk>& chunks, const Body& body) {
   int64_t elements = 0;
   for (const Tensor& tensor : tensors) elements += tensor.numel();
   const int64_t count = static_cast<int64_t>(chunks.size());
   at::parallel_for(0, count, elements <= kAlone ? count : 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i, chunks[i]);
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t i = kBackwards ? first + last - 1 - n : n;
+      body(i, chunks[i]);
+    }
   });
 }
 
