@@ -1,8 +1,10 @@
 """The parameters of an optimizer that no backend drives: their names, what they hold, and the layout that they make."""
 
+import contextlib
+import gc
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +49,19 @@ def _check_rounding(optimizer: Persistent, name: str, param: Tensor, shards: Seq
         )
 
 
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Around what makes many objects that stay: looking for garbage among all that Python holds would take longer."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collector()
 def check_ranks(optimizer: Persistent) -> None:
     """Raise ValueError where it cannot be told which ranks the model is on."""
     held = [_shards_of(optimizer, *each) for each in served(optimizer)]
@@ -67,11 +82,20 @@ def refuse_part_of_model(optimizer: Persistent) -> None:
 
 def current_layout(optimizer: Persistent) -> Layout:
     """The layout of the parameters, built anew (collective) when they are not those it was built for."""
-    layout, options = optimizer._run.layout, optimizer._run.options
+    layout = optimizer._run.layout
     params = [param for group in optimizer.param_groups for param in group["params"]]
     places = [id(p) for p in params], [p.shape for p in params], [p.device for p in params]
     if layout is not None and layout.places == places and not any(map(_to_be_stepped, layout.left_out)):
         return layout
+    layout = _build(optimizer)
+    layout.places, layout.left_out = places, tuple(param for param in params if param not in layout.segments)
+    replicas.prove(layout, optimizer)
+    return layout
+
+
+@_without_collector()
+def _build(optimizer: Persistent) -> Layout:
+    options = optimizer._run.options
     pairs = served(optimizer)
     held = [_shards_of(optimizer, name, param) for name, param in pairs]
     check_places(pairs, optimizer.state, optimizer.moments, capturable=options.capturable)
@@ -86,9 +110,7 @@ def current_layout(optimizer: Persistent) -> Layout:
         device=statistics_device(taken, group),
         names=[key for name, param in pairs for key in fsdp1.keys(param, name)],
     )
-    layout.places, layout.left_out = places, tuple(param for param in params if param not in layout.segments)
     consensus.settle(layout, options)
-    replicas.prove(layout, optimizer)
     return layout
 
 

@@ -31,9 +31,12 @@ def show(console: Console, rows: Sequence[Row], memory: dict[str, float]) -> Non
         console.print(f"{name}: {megabytes:.2f} MB at the peak of a step beyond what was there", highlight=False)
 
 
-def judge(console: Console, rows: Sequence[Row], memory: Mapping[str, float], most: float) -> None:
-    """Say which bars hold, those of memory too: no more than ``most`` MB above fused AdamW."""
+def judge(
+    console: Console, rows: Sequence[Row], memory: Mapping[str, float], most: float, seconds: Mapping[str, float]
+) -> None:
+    """Say which bars hold, also of memory, no more than ``most`` MB above fused AdamW, and of ``seconds``: below 1."""
     judged = {f"{row.case}, {row.name}": (row.ratio, row.bar) for row in rows if row.bar is not None}
+    judged |= {name: (took, 1.0) for name, took in seconds.items()}
     for name, megabytes in memory.items():
         if name != FUSED:
             judged[f"{name}, MB above {FUSED}"] = (megabytes - memory[FUSED], most)

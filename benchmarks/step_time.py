@@ -192,7 +192,7 @@ def run(sizes: Sequence[int], rounds: int, device: torch.device, out: Path) -> N
         dist.destroy_process_group()
     show(console, rows, memory)
     console.print(f"start-up with 10,000 parameters: {started:.2f} s", highlight=False)
-    judge(console, rows, memory, MOST_MEMORY)
+    judge(console, rows, memory, MOST_MEMORY, {"seconds of start-up with 10,000 parameters": started})
     last = max(out.glob(f"*-step-time-{device.type}.json"), default=None)
     beside_last(console, rows, last)
     date, where = datetime.date.today().isoformat(), machine(device)

@@ -72,7 +72,7 @@ def marked(param: Tensor) -> bool:
     missing = missing_names()
     if missing:
         raise _moved(missing)
-    return any(getattr(param, mark, False) for mark in MARKS.values())
+    return bool(vars(param)) and any(getattr(param, mark, False) for mark in MARKS.values())
 
 
 def marks_of(param: Tensor) -> dict[str, Any]:
