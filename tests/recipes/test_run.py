@@ -68,6 +68,14 @@ def test_deepspeed_hands_it_on_to_other_nodes(tmp_path: Path) -> None:
     check(tmp_path)
 
 
+def test_accelerate_launch(tmp_path: Path) -> None:
+    line = [*RUN, "accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port(), SCRIPT,
+            str(tmp_path)]  # fmt: skip
+    start((line, ASKED))
+    check(tmp_path)
+
+
 def test_mpirun(tmp_path: Path) -> None:
     variables = {"RANKS": "2", "MPI_ARGS": "--oversubscribe --allow-run-as-root", "MASTER_PORT": free_port(), **ASKED}
     start(([*RUN, "launch/mpirun.sh", SCRIPT, str(tmp_path)], variables))

@@ -85,9 +85,10 @@ def start(tool: str, line: list[str], cwd: Path, *, run: bool = True, **variable
     folder = TOOLS / tool
     if not (folder / ".installed").exists():
         pytest.skip(f"{tool} is not installed: make test-tools")
+    paths = os.pathsep.join([str(folder), str(ROOT), str(Path(__file__).parent)])
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     environment = {
-        **clean, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}",
+        **clean, "PYTHONPATH": paths, "PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": free_port(), **variables,
     }  # fmt: skip
     done = subprocess.run(

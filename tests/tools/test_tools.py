@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import STEPS, check, logged, start
+from .conftest import ROOT, STEPS, check, logged, start
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(2000)]
 
@@ -74,8 +74,8 @@ def test_trl(llama: Path, zero2: str, zero2_bare: str, examples: list[tuple[str,
     check(alphas)
 
 
-def test_ms_swift(llama: Path, examples: list[tuple[str, str]], tmp_path: Path) -> None:
-    """`swift sft`: DDP by --optim. Its ZeRO-2 and training by the plugin are not run."""
+def test_ms_swift(llama: Path, zero2_bare: str, examples: list[tuple[str, str]], tmp_path: Path) -> None:
+    """`swift sft`: DDP and ZeRO-2 by --optim, and DDP by the plugin, without `alphaadam run`."""
     data = tmp_path / "garden.jsonl"
     rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in examples]
     data.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
@@ -83,11 +83,20 @@ def test_ms_swift(llama: Path, examples: list[tuple[str, str]], tmp_path: Path) 
         **TRAINER, "model": str(llama), "model_type": "llama", "template": "default", "tuner_type": "full",
         "torch_dtype": "float32", "dataset": str(data), "split_dataset_ratio": 0, "max_length": 64, "save_steps": STEPS,
         "save_strategy": "steps", "add_version": False, "dataset_num_proc": 1, "dataloader_num_workers": 0,
-        "check_model": False, "max_grad_norm": 1.0,
+        "check_model": False, "max_grad_norm": 1.0, "fp16": False,
     }  # fmt: skip
-    line = ["swift", "sft", *words({**common, "optim": "alphaadam", "output_dir": str(tmp_path / "ddp")})]
-    start("swift", line, tmp_path, NPROC_PER_NODE="2", MODELSCOPE_CACHE=str(tmp_path))
-    check({"ddp": logged(tmp_path / "ddp")})
+    plugin = str(ROOT / "alphaadam_dist/integrations/swift_plugin.py")
+    ways = {
+        "ddp": {"optim": "alphaadam"},
+        "zero2": {"optim": "alphaadam", "deepspeed": zero2_bare},
+        "plugin": {"external_plugins": plugin, "optimizer": "alphaadam"},
+    }
+    alphas = {}
+    for name, settings in ways.items():
+        line = ["swift", "sft", *words({**common, **settings, "output_dir": str(tmp_path / name)})]
+        start("swift", line, tmp_path, run=name != "plugin", NPROC_PER_NODE="2", MODELSCOPE_CACHE=str(tmp_path))
+        alphas[name] = logged(tmp_path / name)
+    check(alphas)
 
 
 def test_lightning(tmp_path: Path) -> None:
@@ -108,6 +117,38 @@ def test_lightning_with_the_step_in_backward(tmp_path: Path) -> None:
     for name, options in (("ddp", ()), ("in backward", ("in-backward",)), ("fsdp2, in backward", ("in-backward",))):
         out, strategy = tmp_path / f"{name}.json", "fsdp2" if "fsdp2" in name else "ddp"
         start("lightning", [sys.executable, script, str(out), strategy, "delayed", *options], tmp_path, run=False)
+        alphas[name] = json.loads(out.read_text())
+    check(alphas)
+
+
+def test_torchtune(llama: Path, examples: list[tuple[str, str]], tmp_path: Path) -> None:
+    """`tune run` of its own recipe: FSDP2, by the config's line. It has no DDP: one rank has the batch of two."""
+    data = tmp_path / "garden.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"{question} {answer}"}) for question, answer in examples))
+    alphas = {}
+    for name, world in (("ddp", 1), ("fsdp2", 2)):
+        out = tmp_path / f"{name}.json"
+        config = {
+            "optimizer": {"_component_": "alphaadam_dist.AlphaAdam", "lr": 1e-2},
+            "tokenizer": {"_component_": "with_torchtune.Words", "folder": str(llama)},
+            "dataset": {"_component_": "torchtune.datasets.text_completion_dataset", "source": "json",
+                        "data_files": str(data), "split": "train"},
+            "model": {"_component_": "with_torchtune.llama", "out": str(out)},
+            "checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "model_type": "LLAMA2",
+                             "checkpoint_dir": str(llama), "checkpoint_files": ["model.safetensors"],
+                             "output_dir": str(tmp_path / name), "recipe_checkpoint": None},
+            "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+            "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger",
+                              "log_dir": str(tmp_path / f"{name}-log")},
+            "output_dir": str(tmp_path / name), "resume_from_checkpoint": False, "device": "cpu", "dtype": "fp32",
+            "seed": 1, "shuffle": True, "epochs": 1, "max_steps_per_epoch": STEPS, "batch_size": 8 // world,
+            "gradient_accumulation_steps": 1, "log_every_n_steps": 1, "enable_activation_checkpointing": False,
+            "profiler": {"enabled": False},
+        }  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(config))  # JSON is YAML
+        line = ["tune", "run", "--nproc_per_node", str(world), "full_finetune_distributed", "--config", str(path)]
+        start("torchtune", line, tmp_path, run=False)
         alphas[name] = json.loads(out.read_text())
     check(alphas)
 
