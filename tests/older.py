@@ -38,20 +38,23 @@ def before_2_7(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(TORCH < (2, 7), reason=f"torch 2.6 {reason}")
 
 
-def _deepspeed() -> tuple[int, ...]:
+def _version(package: str) -> tuple[int, ...]:
     try:
-        return numbers(importlib.metadata.version("deepspeed"))
+        return numbers(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:  # the tests of GPUs need none
         return ()
 
 
-DEEPSPEED = _deepspeed()
+DEEPSPEED = _version("deepspeed")
 
 
 def since_deepspeed(version: str, reason: str) -> pytest.MarkDecorator:
     """Skip a test on an older DeepSpeed, with what is otherwise there."""
     return pytest.mark.skipif(numbers(version) > DEEPSPEED, reason=f"this DeepSpeed {reason}")
 
+
+# Transformers 4.48 divides the loss by the steps of accumulation, and DeepSpeed does so again under it
+HF_ACCUMULATES = _version("transformers") >= (4, 50)
 
 deepspeed_has_bf16_masters = since_deepspeed("0.18.3", "has fp32 masters only")
 
