@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,10 +24,10 @@ from transformers import (
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from alphaadam_dist.paths import cache_dir
+from alphaadam_dist.training.models import pretrained_model, pretrained_tokenizer
 from alphaadam_dist.training.transformers_versions import in_dtype
 
 from . import source, text
@@ -121,8 +119,8 @@ def llama(scale: Scale, seed: int) -> Trial:
 def finetune(scale: Scale, seed: int) -> Trial:
     """A finished language model goes on with documentation: the docstrings of the corpus."""
     if scale.pretrained is not None:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(scale.pretrained)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(scale.pretrained, **in_dtype(torch.float32))
+        tokenizer = pretrained_tokenizer(scale.pretrained)
+        model: PreTrainedModel = pretrained_model(scale.pretrained, torch.float32)
     else:
         tokenizer = text.bpe(scale.data, scale.vocabulary)
         model = new_llama(scale)
@@ -134,7 +132,7 @@ def encoder(scale: Scale, seed: int) -> Trial:
     """A classifier of texts: which of eight packages is it from, or GLUE's SST-2 and the like."""
     torch.manual_seed(seed)
     if scale.encoder is not None and scale.glue is not None:
-        data = text.sentences(scale.glue, AutoTokenizer.from_pretrained(scale.encoder), scale.block // 8)
+        data = text.sentences(scale.glue, pretrained_tokenizer(scale.encoder), scale.block // 8)
         model = AutoModelForSequenceClassification.from_pretrained(scale.encoder, **in_dtype(torch.float32))
     else:
         data, model = text.packages(scale.data, scale.vocabulary, scale.block // 2), new_encoder(scale)
