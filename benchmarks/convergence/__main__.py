@@ -36,7 +36,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu, or cuda for --large.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of text to train on; Python's standard library.")] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="Language model to fine-tune: hub id, folder or GGUF file.")
+        str | None, typer.Option(help="Model to fine-tune: hub id, folder or GGUF file.")
     ] = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder to fine-tune: hub id or folder.")] = None,
     glue: Annotated[str | None, typer.Option(help="Folder with train.tsv and dev.tsv or held_out.tsv.")] = None,
