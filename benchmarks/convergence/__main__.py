@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from . import plots, protocol, report, tasks
 from .protocol import Case, Missing, Seeds, Stage, Study
@@ -35,9 +34,7 @@ def main(
     optimizer: Annotated[list[str] | None, typer.Option(help="Only this one beside AdamW, by its name.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda for --large.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of text to train on; Python's standard library.")] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(help="Model to fine-tune: hub id, folder or GGUF file.")
-    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Model to fine-tune: hub id, folder or GGUF file.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder to fine-tune: hub id or folder.")] = None,
     glue: Annotated[str | None, typer.Option(help="Folder with train.tsv and dev.tsv or held_out.tsv.")] = None,
     cache: Annotated[Path, typer.Option(help="Where finished runs are kept.")] = CACHE,
@@ -65,7 +62,7 @@ def main(
     )
     console = Console()
     if status:
-        console.print(_status(study))
+        print(_status(study))
         return
     if not report_only:
         if scale.pretrained is None and any(case.task == "finetune" for case, _ in study.cells()):
@@ -124,25 +121,29 @@ def _row(study: Study, case: Case, variant: Variant, runs: int, seconds: float) 
         gain = "" if variant.name == ADAMW else report.show(report.against(study, case, variant.name, ADAMW))
     except Missing:
         gain = ""
-    where = f"{report.label(study, case)}, {case.length}x steps"
-    return f"{seconds / 60:6.1f} min {runs:5} runs  {where:40} {variant.name:24} {end:.4f} {gain}"
+    return f"{seconds / 60:6.1f} min {runs:5} runs  {_where(study, case):48}{variant.name:24}{end:.4f} {gain}"
 
 
-def _status(study: Study) -> Table:
-    """A line for each case of each stage: what is finished, and how long the rest may take on one process."""
-    table = Table("stage", "case", "finished", "next", "hours left")
-    total = 0.0
+def _where(study: Study, case: Case) -> str:
+    return f"{report.label(study, case)}, {case.length}x steps{'' if case.clip else ', no clipping'}"
+
+
+def _status(study: Study) -> str:
+    """A line for each case of each stage: what is finished, what is next, and what one process may need for the rest."""
+    hours = {
+        (case, variant.name): 0.0 if study.has(case, variant) else RUNS_EACH * seconds(study, case) / 3600
+        for case, variant in study.cells()
+    }
+    lines = [f"{'':42}{'':48}{'finished':>8}  {'hours':>5}  next"]
     for stage in study.stages:
         for case in stage.cases:
-            open_ones = [variant for variant in stage.variants if not study.has(case, variant)]
-            hours = len(open_ones) * RUNS_EACH * seconds(study, case) / 3600
-            total += hours
-            done = f"{len(stage.variants) - len(open_ones)} of {len(stage.variants)}"
-            first = open_ones[0].name if open_ones else ""
-            extra = f", {case.length}x steps" + ("" if case.clip else ", no clipping")
-            table.add_row(stage.title, report.label(study, case) + extra, done, first, f"{hours:.1f}" if hours else "")
-    table.add_row("all", f"{len(study.done)} runs done", "", "", f"{total:.1f}")
-    return table
+            of_case = [(case, variant.name) for variant in stage.variants]
+            left = [cell for cell in of_case if hours[cell]]
+            done = f"{len(of_case) - len(left)} of {len(of_case)}"
+            first = left[0][1] if left else ""
+            took = sum(hours[cell] for cell in left)
+            lines.append(f"{stage.title:42}{_where(study, case):48}{done:>8}  {took:5.1f}  {first}")
+    return "\n".join([*lines, f"{len(study.done)} runs done, about {sum(hours.values()):.1f} hours left"])
 
 
 RUNS_EACH = 24
@@ -152,9 +153,7 @@ RUNS_EACH = 24
 def seconds(study: Study, case: Case) -> float:
     """What a run of a case takes: the mean of those that are done, or else by its steps and its size."""
     took = [r.seconds for job, r in study.done.items() if (job.task, job.size, job.length) == _key(case)]
-    if took:
-        return fmean(took)
-    return 0.01 * study.tasks[case.task].steps * case.length * (1 + case.size) / 2
+    return fmean(took) if took else 0.5 + 0.01 * study.tasks[case.task].steps * case.length * case.size**0.6
 
 
 def _key(case: Case) -> tuple[str, int, int]:

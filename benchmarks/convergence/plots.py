@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from . import counterexamples, report
-from .protocol import FOUR, ONE, OTHERS, Stage, Study
+from .protocol import FOUR, ITS_OPTIONS, ONE, OTHERS, Stage, Study
 from .trial import Setting
 from .variants import ADAMW, ALPHAADAM, BOTH, BY_NAME, LOOKAHEAD, NADAMW
 
@@ -36,7 +36,7 @@ COLORS = {
 
 def draw(stem: Path, study: Study) -> list[Path]:
     """Write the pictures beside ``stem`` and return where they are: those that have something to show."""
-    pictures = {"four-times": FOUR, "short": ONE, "short-others": OTHERS}
+    pictures = {"four-times": FOUR, "short": ONE, "options": ITS_OPTIONS, "peers": OTHERS}
     with matplotlib.rc_context(STYLE):
         figures = {name: _differences(study, stage) for name, stage in pictures.items() if stage in study.stages}
         figures |= {"lasting": _lasting(study), "counterexamples": _counterexamples(study)}

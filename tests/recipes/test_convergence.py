@@ -492,7 +492,7 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
     assert len(held["runs"]) == len(study.done)
     pictures = draw(stem, study)
     assert {path.stem.rsplit("convergence-")[1] for path in pictures} == {
-        "four-times", "short", "short-others", "lasting", "counterexamples",
+        "four-times", "short", "options", "peers", "lasting", "counterexamples",
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
