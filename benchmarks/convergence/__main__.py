@@ -129,7 +129,7 @@ def _where(study: Study, case: Case) -> str:
 
 
 def _status(study: Study) -> str:
-    """A line for each case of each stage: what is finished, what is next, and what one process may need for the rest."""
+    """A line for each case of each stage: what is finished, what is next, what one process may take for the rest."""
     hours = {
         (case, variant.name): 0.0 if study.has(case, variant) else RUNS_EACH * seconds(study, case) / 3600
         for case, variant in study.cells()
