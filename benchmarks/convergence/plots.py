@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import matplotlib
 
@@ -16,10 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from . import counterexamples, report
+from . import report
 from .protocol import FOUR, ITS_OPTIONS, ONE, OTHERS, Stage, Study
-from .trial import Setting
-from .variants import ADAMW, ALPHAADAM, BOTH, BY_NAME, LOOKAHEAD, NADAMW
+from .variants import ADAMW, ALPHAADAM, BOTH, LOOKAHEAD, NADAMW
 
 # the few that the line plots show, so that a line can be told from another
 COLORS = {
@@ -29,8 +27,6 @@ COLORS = {
     LOOKAHEAD: "#edae49",
     BOTH: "#9a6fb0",
     "CMGUP": "#00798c",
-    "Lion": "#6b4f3a",
-    "AlphaLion": "#e07a1f",
 }
 
 
@@ -39,7 +35,7 @@ def draw(stem: Path, study: Study) -> list[Path]:
     pictures = {"four-times": FOUR, "short": ONE, "options": ITS_OPTIONS, "peers": OTHERS}
     with matplotlib.rc_context(STYLE):
         figures = {name: _differences(study, stage) for name, stage in pictures.items() if stage in study.stages}
-        figures |= {"lasting": _lasting(study), "counterexamples": _counterexamples(study)}
+        figures["lasting"] = _lasting(study)
         return [_save(figure, stem, name) for name, figure in figures.items() if figure is not None]
 
 
@@ -108,27 +104,6 @@ def _lasting(study: Study) -> Figure | None:
             at, [gain.mean for gain in gains], yerr=[gain.half for gain in gains], color=COLORS[name], label=name,
             linewidth=1.8, marker="o", markersize=4, capsize=2,
         )  # fmt: skip
-    _legend(figure, panels)
-    return figure
-
-
-def _counterexamples(study: Study) -> Figure | None:
-    """The last measure by learning rate, a panel a problem."""
-    if any(not report.counterexample(study, task.name) for task in study.counterexamples) or not study.counterexamples:
-        return None
-    titles = [task.title for task in study.counterexamples]
-    figure, panels = _panels(titles, 4.2, "counterexamples: where it ends, by learning rate; lower is better")
-    for axes, task in zip(panels, study.counterexamples, strict=True):
-        rates = counterexamples.RATES[task.name]
-        for name, color in COLORS.items():
-            values = [fmean(r.final for r in study.ends(task, BY_NAME[name], rate)) for rate in rates]
-            axes.plot([Setting(r).lr for r in rates], values, color=color, label=name, marker="o", markersize=3.5)
-        axes.set_xscale("log")
-        axes.set_yscale("linear" if task.name == "reddi" else "log")
-        axes.set_xticks([Setting(r).lr for r in rates], [f"{Setting(r).lr:.2g}" for r in rates], fontsize=8.5)
-        axes.minorticks_off()
-        axes.set_xlabel("learning rate")
-        axes.set_ylabel(task.measure)
     _legend(figure, panels)
     return figure
 
