@@ -9,11 +9,12 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Runner:
         """
         end = time.monotonic() + 60 * minutes
         running: dict[Future[Result], Job] = {}
-        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=start_process) as pool:
+        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
             while True:
                 for job in wanted() if time.monotonic() < end else ():
                     if len(running) == self.workers:
@@ -116,6 +117,19 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
 def _from_entry(entry: dict[str, Any]) -> Result:
     job = Job(**{**entry["job"], "setting": Setting(**entry["job"]["setting"])})
     return Result(**{**entry, "job": job})
+
+
+def start_worker() -> None:
+    """What :func:`start_process` does, and the end with the process that started this one, however that ended."""
+    start_process()
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def start_process() -> None:

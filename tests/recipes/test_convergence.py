@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -469,6 +471,29 @@ def test_a_sweep_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert go_on(jobs).done[jobs[0]] == first
     assert Runner(TINY, tmp_path, workers=1).done.keys() == set(jobs)
     assert Runner(replace(TINY, steps=9), tmp_path, workers=1).done == {}
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_sweep_that_is_killed() -> None:
+    program = """
+import multiprocessing, time
+
+from benchmarks.convergence.runner import start_worker
+
+def work():
+    start_worker()
+    print("started", flush=True)
+    time.sleep(100)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("fork").Process(target=work).start()
+    time.sleep(100)
+"""
+    sweep = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert sweep.stdout is not None
+    sweep.stdout.readline()
+    sweep.kill()
+    sweep.communicate(timeout=60)  # ends when nobody holds the other end: the worker does as long as it lives
 
 
 def test_a_result_is_of_other_code_only_where_its_statements_changed(monkeypatch: pytest.MonkeyPatch) -> None:
