@@ -85,12 +85,16 @@ def holm(differences: Sequence[Difference]) -> list[bool]:
 def trend(short: Difference, long: Difference) -> str:
     """What becomes of a gain over a loss, from the shortest run or smallest model to the longest or largest.
 
-    A gain is a negative difference. That one is smaller than the other is said where their intervals do not meet.
+    A gain is a negative difference, clear of 0. That one is smaller than the other is said where their intervals do not
+    meet.
     """
     if math.isnan(short.mean) or math.isnan(long.mean):
         return "diverged"
-    if not (long.clear and long.mean < 0):
-        return "worse" if long.clear else "gone" if short.clear and short.mean < 0 else "none"
+    at_first, at_last = (end.clear and end.mean < 0 for end in (short, long))
+    if not at_last:
+        return "worse" if long.clear else "gone" if at_first else "none"
+    if not at_first:
+        return "comes late"
     if long.mean - long.half > short.mean + short.half:
         return "shrinks"
     return "grows" if long.mean + long.half < short.mean - short.half else "lasts"

@@ -152,33 +152,34 @@ def _short(axis: str) -> str:
 
 def lasting(study: Study, by_task: Mapping[str, Sequence[Case]], what: str) -> list[str]:
     """The gain over AdamW against length or size, and in the last column whether it lasts, once all of it is there."""
-    rows = []
-    for task, cases in by_task.items():
-        for variant in CORE:
-            done = finished(study, cases, [ADAMW, variant.name])
-            if variant.name == ADAMW or not done:
-                continue
-            gains = {case: against(study, case, variant.name, ADAMW) for case in done}
-            worth = analysis.trend(gains[cases[0]], gains[cases[-1]]) if done == list(cases) else ""
-            rows.append([
-                study.tasks[task].title, variant.name, *(show(gains[case]) if case in gains else "" for case in cases),
-                _saved(study, gains, cases), worth,
-            ])  # fmt: skip
-    if not rows:
+    gains = {
+        (task, variant.name, case): against(study, case, variant.name, ADAMW)
+        for task, cases in by_task.items() for variant in CORE if variant.name != ADAMW
+        for case in finished(study, cases, [ADAMW, variant.name])
+    }  # fmt: skip
+    if not gains:
         return []
+    clear = dict(zip(gains, analysis.holm(list(gains.values())), strict=True))
+    rows = []
+    for task, name in dict.fromkeys((task, name) for task, name, _ in gains):
+        cells = [(task, name, case) for case in by_task[task]]
+        worth, saved = "", ""
+        if all(cell in gains for cell in cells):
+            worth = analysis.trend(gains[cells[0]], gains[cells[-1]])
+            saved = _saved(study, gains[cells[-1]], by_task[task])
+        shown = [show(gains[cell], clear[cell]) if cell in gains else "" for cell in cells]
+        rows.append([study.tasks[task].title, name, *shown, saved, worth])
     multiples = [case.size if case.size > 1 else case.length for case in next(iter(by_task.values()))]
-    head = ["task", "", *(f"{multiple}x {what}" for multiple in multiples), "steps saved at the longest", "the gain"]
+    head = ["task", "", *(f"{multiple}x {what}" for multiple in multiples), "steps saved at the last", "the gain"]
     return table(head, rows)
 
 
-def _saved(study: Study, gains: Mapping[Case, Difference], cases: Sequence[Case]) -> str:
-    """By the fall of AdamW's loss over the last two lengths."""
+def _saved(study: Study, gain: Difference, cases: Sequence[Case]) -> str:
+    """By the fall of AdamW's loss from the last length but one to the last; between sizes there is no such thing."""
     before, last = cases[-2:]
-    if before not in gains or last not in gains or last.size > 1:
-        return ""
     ends = [loss(study, case, ADAMW) for case in (before, last)]
-    share = analysis.saved(gains[last], ends[0], ends[1], factor=last.length / before.length)
-    return "" if math.isnan(share) else f"{share:.0%}"
+    share = analysis.saved(gain, ends[0], ends[1], factor=last.length / before.length)
+    return "" if last.size > 1 or math.isnan(share) else f"{share:.0%}"
 
 
 def label(study: Study, case: Case) -> str:
