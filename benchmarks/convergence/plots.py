@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from . import report
 from .protocol import FOUR, ITS_OPTIONS, ONE, OTHERS, Stage, Study
@@ -78,6 +79,7 @@ def _differences(study: Study, stage: Stage) -> Figure | None:
             )  # fmt: skip
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(names)), names)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     panels[0].set_xlabel("filled: the interval leaves 0 out", fontsize=9, color=GREY)
     return figure
 
@@ -85,7 +87,10 @@ def _differences(study: Study, stage: Stage) -> Figure | None:
 def _lasting(study: Study) -> Figure | None:
     """The gain over AdamW against length, and against size."""
     kinds = [(study.tasks[task].title, "steps", cases) for task, cases in report.LENGTHS.items() if task in study.tasks]
-    kinds += [(study.tasks[task].title, "parameters and steps", cases) for task, cases in report.SIZES.items()]
+    kinds += [
+        (f"{study.tasks[task].title}, larger models", "parameters and steps", cases)
+        for task, cases in report.SIZES.items() if task in study.tasks
+    ]  # fmt: skip
     lines = [(kind, name, report.finished(study, kind[2], [ADAMW, name])) for kind in kinds for name in COLORS]
     lines = [(kind, name, cases) for kind, name, cases in lines if name != ADAMW and len(cases) > 1]
     if not lines:

@@ -234,6 +234,7 @@ def test_a_gain_lasts_shrinks_or_is_gone() -> None:
     assert analysis.trend(Difference(0.0, 0.1, 1.0), Difference(-0.05, 0.03, 0.0)) == "comes late"
     # four times the steps brought 0.2: half of that again is worth half of them
     assert analysis.saved(Difference(-0.1, 0.01, 0.0), 3.2, 3.0, 4) == pytest.approx(0.5)
+    assert math.isnan(analysis.saved(Difference(-0.1, 0.01, 0.0), 3.05, 3.0, 4))
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------------
