@@ -104,7 +104,7 @@ def saved(gain: Difference, before: float, after: float, factor: float) -> float
     """The share of AdamW's steps that a gain is worth, from its losses before and after ``factor`` times the steps.
 
     Where the loss falls by ``before - after`` in log(factor) of steps, and goes on so, a gain is as much as
-    factor ** (gain / fall) times the steps would give. nan where the fall is less than the gain: that would say nothing.
+    factor ** (gain / fall) times the steps would give. nan where the fall is no more than the gain, which says nothing.
     """
     fall = before - after
     return 1 - factor ** (gain.mean / fall) if fall > abs(gain.mean) else math.nan
