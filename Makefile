@@ -1,7 +1,8 @@
 # Each target installs what it needs first; a second run does not reinstall.
 #   make train                  the main job: AlphaAdam and AdamW side by side, on this machine
 #   make train ARGS=--resume    go on after an interruption
-#   make science                does it train better? AlphaAdam, AdamW and peers at equal tuning budgets, half an hour
+#   make science                does it train better? AlphaAdam, AdamW and peers at equal tuning budgets, short runs
+#   make science-long           the same up to 16 times the steps and parameters: hours; goes on where it was interrupted
 #   make finetune               SmolLM2-135M on instructions, with AlphaAdam and with AdamW
 #   make glue                   a sentence encoder on a GLUE-like task, the same
 #   make bench                  what a step costs, beside AdamW and its peers
@@ -35,7 +36,7 @@ RECIPE := GPUS=$(RANKS) OMP_NUM_THREADS=$$(( ($$(nproc) + $(RANKS) - 1) / $(RANK
 # DeepSpeed compiles with the ninja that it finds first, and anew whenever that is of another version.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup train science finetune glue bench gpu test test-fast test-nightly test-older test-versions test-torchtitan test-tools test-nvme lint
+.PHONY: setup train science science-long finetune glue bench gpu test test-fast test-nightly test-older test-versions test-torchtitan test-tools test-nvme lint
 
 setup: $(INSTALLED)
 
@@ -79,6 +80,9 @@ gpu:
 
 science: setup
 	$(BIN)/python -m benchmarks.convergence $(ARGS)
+
+science-long: setup
+	$(BIN)/python -m benchmarks.convergence --long $(ARGS)
 
 # One process takes the tests over pools of ranks, the other the rest. In order of their folders: the longest come first.
 SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder

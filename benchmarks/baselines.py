@@ -70,13 +70,46 @@ class _Factored(_AdamW):
             state["exp_avg"].lerp_(grad, 1 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             denom = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-            u = state["exp_avg"] / (1 - beta1 ** state["step"]) / denom
-            param.mul_(1 - group["lr"] * group["weight_decay"])
+            u = self._momentum(state["exp_avg"], grad, beta1, state["step"]) / denom
+            param.sub_(self._decayed(param, u), alpha=group["lr"] * group["weight_decay"])
             param.sub_(u.mul_(self._factor(u, grad)), alpha=group["lr"])
 
-    @abstractmethod
-    def _factor(self, u: Tensor, grad: Tensor) -> Tensor:
+    def _momentum(self, exp_avg: Tensor, grad: Tensor, beta1: float, step: int) -> Tensor:
+        """u's numerator, a new tensor."""
+        return exp_avg / (1 - beta1**step)
+
+    def _decayed(self, param: Tensor, u: Tensor) -> Tensor:
+        """What weight decay takes a share of."""
+        return param
+
+    def _factor(self, u: Tensor, grad: Tensor) -> Tensor | float:
         """What the direction ``u`` is multiplied by, of its shape."""
+        return 1.0
+
+
+class NAdamW(_Factored):
+    """Nesterov's momentum in AdamW (Dozat 2016), beta1 constant: b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)."""
+
+    def _momentum(self, exp_avg: Tensor, grad: Tensor, beta1: float, step: int) -> Tensor:
+        ahead = exp_avg * (beta1 / (1 - beta1 ** (step + 1)))
+        return ahead.add_(grad, alpha=(1 - beta1) / (1 - beta1**step))
+
+
+class LookAhead(_Factored):
+    """AlphaAdam's look-ahead without masks, (m^ + c g) / (1 + c), whose c may be set before every step.
+
+    ``cautious_decay`` True decays only where u moves the parameter towards 0, too (arXiv 2510.12402).
+    """
+
+    def __init__(self, params: ParamsT, *, lookahead: float = 0.0, cautious_decay: bool = False, **adamw: Any) -> None:
+        self.lookahead, self.cautious_decay = lookahead, cautious_decay
+        super().__init__(params, **adamw)
+
+    def _momentum(self, exp_avg: Tensor, grad: Tensor, beta1: float, step: int) -> Tensor:
+        return (exp_avg / (1 - beta1**step)).add_(grad, alpha=self.lookahead).div_(1 + self.lookahead)
+
+    def _decayed(self, param: Tensor, u: Tensor) -> Tensor:
+        return param * (u * param >= 0) if self.cautious_decay else param
 
 
 class CAdamW(_Factored):
@@ -105,14 +138,21 @@ class MGUPAdamW(_Factored):
 
 
 class CMGUPAdamW(_Factored):
-    """MGUP's cautious form: coordinates with u * g >= 0 step by ``alpha``, the rest by ``gamma``."""
+    """MGUP's cautious form: coordinates with u * g >= 0 step by ``alpha``, the rest by ``gamma``.
 
-    def __init__(self, params: ParamsT, *, alpha: float = 2.0, gamma: float = 0.1, **adamw: Any) -> None:
-        self.alpha, self.gamma = alpha, gamma
+    As released, a coordinate without a gradient, an embedding row without a token, steps by ``alpha`` as well.
+    ``evidence`` True lets it step by 1.
+    """
+
+    def __init__(
+        self, params: ParamsT, *, alpha: float = 2.0, gamma: float = 0.1, evidence: bool = False, **adamw: Any
+    ) -> None:
+        self.alpha, self.gamma, self.evidence = alpha, gamma, evidence
         super().__init__(params, **adamw)
 
     def _factor(self, u: Tensor, grad: Tensor) -> Tensor:
-        return torch.full_like(u, self.gamma).masked_fill_(u * grad >= 0, self.alpha)
+        factor = torch.full_like(u, self.gamma).masked_fill_(u * grad >= 0, self.alpha)
+        return factor.masked_fill_(grad == 0, 1.0) if self.evidence else factor
 
 
 class Lion(_Baseline):

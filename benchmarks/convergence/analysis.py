@@ -1,30 +1,27 @@
-"""What the runs say: paired differences with their uncertainty, and how soon a loss was reached."""
+"""What the runs say: paired differences with their uncertainty, corrected for how many there are."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
-from . import protocol
-from .protocol import SEEDS, Done
-from .runs import Job
-from .trial import Task
-from .variants import ADAMW, BY_NAME, Variant
+import mpmath
 
-# two-sided 95 % quantiles of Student's t by degrees of freedom
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-Choose = Callable[[Task, Variant, Done, int], Job]
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences and half the width of its 95 % confidence interval; nan where a run diverged."""
+    """A mean of paired differences, half the width of its 95 % interval, and the two-sided p of "it is 0".
+
+    nan where a run diverged.
+    """
 
     mean: float
     half: float
+    p: float
 
     @property
     def clear(self) -> bool:
@@ -32,74 +29,82 @@ class Difference:
         return abs(self.mean) > self.half
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """ours - theirs, pair by pair. Raises ValueError where there are fewer than 2 pairs, or more than 10."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if len(differences) - 1 not in _T:
-        raise ValueError(f"{len(differences)} pairs: give 2 to 10")
-    if not all(map(math.isfinite, differences)):
-        return Difference(math.nan, math.nan)
-    spread = statistics.stdev(differences) / math.sqrt(len(differences))
-    return Difference(statistics.fmean(differences), _T[len(differences) - 1] * spread)
+def paired(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Difference:
+    """ours - theirs. A row a seed, in it a loss for each held-out document, the same documents in all rows.
+
+    Two things are drawn by lot, the seeds and the documents, and the mean would vary with either. The variance of the
+    means of rows by their number, plus that of the means of columns by theirs, is an estimate of its variance that is
+    never too small on average: what varies by seed and document together is in both. Student's t, with Satterthwaite's
+    degrees of freedom. With one document the uncertainty is the seeds' alone.
+
+    Raises:
+        ValueError: fewer than 2 seeds.
+    """
+    if len(ours) < 2:
+        raise ValueError(f"{len(ours)} seeds: give at least 2")
+    if not all(ours) or not all(theirs):
+        return Difference(math.nan, math.nan, math.nan)
+    rows = [[a - b for a, b in zip(*of_seed, strict=True)] for of_seed in zip(ours, theirs, strict=True)]
+    means = [list(map(fmean, rows)), list(map(fmean, zip(*rows, strict=True)))]
+    parts = [(stdev(of_one) ** 2 / len(of_one), len(of_one) - 1) for of_one in means if len(of_one) > 1]
+    variance = sum(part for part, _ in parts)
+    mean = fmean(means[0])
+    if variance == 0:
+        return Difference(mean, 0.0, float(mean == 0))
+    freedom = variance**2 / sum(part**2 / free for part, free in parts)
+    return Difference(mean, quantile(freedom) * math.sqrt(variance), tail(mean / math.sqrt(variance), freedom))
 
 
-def losses(task: Task, name: str, done: Done, choose: Choose = protocol.final) -> list[float]:
-    """The last held-out loss of each seed, in the order of the seeds."""
-    return [done[choose(task, BY_NAME[name], done, seed)].final for seed in SEEDS]
+def tail(t: float, freedom: float) -> float:
+    """The probability that Student's t is further from 0 than ``t``."""
+    return float(mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
 
 
-def against(task: Task, name: str, other: str, done: Done, choose: Choose = protocol.final) -> Difference:
-    """The difference in held-out loss between two optimizers under the same control."""
-    return paired(losses(task, name, done, choose), losses(task, other, done, choose))
+def quantile(freedom: float) -> float:
+    """The t beyond which, on both sides together, a share of LEVEL lies."""
+    low, high = 0.0, 1.0
+    while tail(high, freedom) > LEVEL:
+        low, high = high, 2 * high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, freedom) > LEVEL else (low, middle)
+    return high
 
 
-def ends(task: Task, variant: Variant, rate: float, done: Done) -> float:
-    """Where a counterexample ends at a rate of its grid: the mean over its seeds, not finite where one diverged."""
-    return statistics.fmean(
-        done[protocol.tuning(task, variant, rate, seed)].final for seed in protocol.COUNTEREXAMPLE_SEEDS
-    )
+def holm(differences: Sequence[Difference]) -> list[bool]:
+    """Which stay clear of 0 when all are looked at together (Holm 1979): one table in twenty has a false one."""
+    order = sorted(range(len(differences)), key=lambda i: (math.isnan(differences[i].p), differences[i].p))
+    clear = [False] * len(differences)
+    for rank, i in enumerate(order):
+        if not differences[i].p <= LEVEL / (len(differences) - rank):
+            break
+        clear[i] = True
+    return clear
 
 
-@dataclass(frozen=True)
-class Reached:
-    """How many seeds reached AdamW's best loss, and after what share of its steps, the mean over those that did."""
+def trend(short: Difference, long: Difference) -> str:
+    """What becomes of a gain over a loss, from the shortest run or smallest model to the longest or largest.
 
-    seeds: int
-    share: float
-
-
-def reached_adamw(task: Task, name: str, done: Done) -> Reached:
-    shares = []
-    for seed in SEEDS:
-        theirs = done[protocol.final(task, BY_NAME[ADAMW], done, seed)].curve
-        ours = done[protocol.final(task, BY_NAME[name], done, seed)].curve
-        at, best = min(theirs, key=lambda point: point[1])
-        step = first_below(ours, best)
-        if step is not None:
-            shares.append(step / at)
-    return Reached(len(shares), statistics.fmean(shares) if shares else math.nan)
+    A gain is a negative difference, clear of 0. That one is smaller than the other is said where their intervals do not
+    meet.
+    """
+    if math.isnan(short.mean) or math.isnan(long.mean):
+        return "diverged"
+    at_first, at_last = (end.clear and end.mean < 0 for end in (short, long))
+    if not at_last:
+        return "worse" if long.clear else "gone" if at_first else "none"
+    if not at_first:
+        return "comes late"
+    if long.mean - long.half > short.mean + short.half:
+        return "shrinks"
+    return "grows" if long.mean + long.half < short.mean - short.half else "lasts"
 
 
-def first_below(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """The step at which a curve first comes down to ``target``, on straight lines between its points."""
-    previous: tuple[int, float] | None = None
-    for step, loss in curve:
-        if loss <= target:
-            if previous is None:
-                return float(step)
-            before, above = previous
-            return before + (step - before) * (above - target) / (above - loss)
-        previous = (step, loss)
-    return None
+def saved(gain: Difference, before: float, after: float, factor: float) -> float:
+    """The share of AdamW's steps that a gain is worth, from its losses before and after ``factor`` times the steps.
 
-
-def gain_over_training(task: Task, name: str, done: Done) -> list[tuple[int, Difference]]:
-    """The paired difference to AdamW at every evaluation of the finals; nothing where a run diverged."""
-    ours = [done[protocol.final(task, BY_NAME[name], done, seed)].curve for seed in SEEDS]
-    theirs = [done[protocol.final(task, BY_NAME[ADAMW], done, seed)].curve for seed in SEEDS]
-    if not all(math.isfinite(loss) for curve in (*ours, *theirs) for _, loss in curve):
-        return []
-    return [
-        (points[0][0], paired([p[1] for p in points[: len(SEEDS)]], [p[1] for p in points[len(SEEDS) :]]))
-        for points in zip(*ours, *theirs, strict=True)
-    ]
+    Where the loss falls by ``before - after`` in log(factor) of steps, and goes on so, a gain is as much as
+    factor ** (gain / fall) times the steps would give. nan where the fall is no more than the gain, which says nothing.
+    """
+    fall = before - after
+    return 1 - factor ** (gain.mean / fall) if fall > abs(gain.mean) else math.nan

@@ -31,7 +31,7 @@ def reddi(seed: int) -> Trial:
     def project() -> None:
         x.data.clamp_(-1.0, 1.0)
 
-    return Trial([x], loss, lambda: float(x.detach().mean() + 1), project=project)
+    return Trial([x], loss, lambda: [float(x.detach().mean() + 1)], project=project)
 
 
 def skewed(seed: int) -> Trial:
@@ -47,7 +47,7 @@ def skewed(seed: int) -> Trial:
         noise = 5.0 * (torch.empty(SIZE).exponential_(generator=generator) - 1)
         return (x.square() / 2 + noise * x).sum()
 
-    return Trial([x], loss, lambda: float(x.detach().square().mean()))
+    return Trial([x], loss, lambda: [float(x.detach().square().mean())])
 
 
 def rotated(seed: int) -> Trial:
@@ -63,12 +63,14 @@ def rotated(seed: int) -> Trial:
     def loss(step: int) -> Tensor:
         return x @ hessian @ x / 2
 
-    return Trial([x], loss, lambda: float(loss(0).detach()))
+    return Trial([x], loss, lambda: [float(loss(0).detach())])
 
 
 WRONG_END, SQUARED, LOSS = "mean distance from the optimum", "mean squared error", "loss"
 TASKS = (
-    Task("reddi", "Reddi's stochastic linear problem", WRONG_END, STEPS, (1e-2, 3e-2, 1e-1), reddi),
-    Task("skewed", "quadratic with skewed noise", SQUARED, STEPS, (1e-2, 1e-1, 1.0), skewed),
-    Task("rotated", "rotated ill-conditioned quadratic", LOSS, STEPS, (1e-2, 1e-1, 1.0), rotated),
+    Task("reddi", "Reddi's stochastic linear problem", WRONG_END, STEPS, 10, reddi),
+    Task("skewed", "quadratic with skewed noise", SQUARED, STEPS, 13, skewed),
+    Task("rotated", "rotated ill-conditioned quadratic", LOSS, STEPS, 13, rotated),
 )
+# half octaves above 1e-3: from 0.011 to 0.09, and from 0.011 to 1
+RATES = {"reddi": (7, 10, 13), "skewed": (7, 13, 20), "rotated": (7, 13, 20)}

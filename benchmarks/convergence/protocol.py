@@ -1,185 +1,217 @@
-"""The rounds of the comparison: what is run, and at which learning rate.
+"""The protocol: what is compared on what, in which order, and from where each search goes out.
 
-1. screening: every optimizer at every learning rate of the task's grid, one seed.
-2. run-off: its two best rates on two more seeds. The lower mean of the three is its best rate.
-3. finals: every optimizer at its best rate, five seeds that tuning did not use.
-4. controls, for four of them, on the same five seeds: without clipping; at twice the best rate.
-5. tuned controls, each with one more choice made on the three tuning seeds: for every optimizer the learning rate of
-   the embedding, up to 16 times the best; for the same four, four times as many steps, at half to twice the best rate.
+1. **tuning**: for every optimizer in every case (task, size, length) the search of ``search.py`` over its axes, on two
+   seeds. It goes out from its own best setting in the next smaller case, or else from that of the optimizer that it
+   varies. Only AdamW in the smallest case begins at a rate that a person chose.
+2. **finals**: every optimizer at its best setting, on eight seeds that tuning did not use.
 
 The counterexamples have no tuning: every optimizer at every rate, three seeds, and all of it is shown.
+
+**What it takes**, an estimate. An optimizer in a case is 20 to 40 runs; SHORT is about 1700 runs and 570 of
+counterexamples, LONG 4900, of which the 370 of sixteen times the steps take half of the time. At 8 ms a step (an idle
+core on 2026-11-24; a busy one took 20) and half a second a run more that is 45 minutes and 6 hours of one core, half of
+it with two processes. The longest run, 1.6M parameters for 2048 steps, is two to four minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from . import counterexamples
 from .runs import Job, Result
-from .trial import Task
-from .variants import Variant
+from .search import search
+from .tasks import Scale
+from .trial import Setting, Task
+from .variants import ADAMW, ALPHAADAM, BY_NAME, CORE, LOOKAHEAD, NADAMW, OPTIONS, PEERS, TRIALS, VARIANTS, Variant
 
-TUNING_SEEDS = (0, 11, 12)
-SEEDS = (1, 2, 3, 4, 5)
-COUNTEREXAMPLE_SEEDS = (1, 2, 3)
-EVALUATIONS = 8
-EMBEDDING_MULTIPLIERS = (1.0, 4.0, 16.0)
-LONGER, LONGER_MULTIPLIERS = 4, (2.0, 1.0, 0.5)
+SMALL = Scale(64, 2, 4, block=64, batch=8, steps=128, vocabulary=512, rate=6, fine_tuning_rate=4)
+LARGE_SCALE = Scale(
+    768, 12, 12, block=512, batch=32, steps=1000, vocabulary=32000, rate=-2, fine_tuning_rate=-10,
+    pretrained="HuggingFaceTB/SmolLM2-135M", encoder="sentence-transformers/all-MiniLM-L6-v2",
+    glue="launch/data/reviews", device="cuda", autocast=True,
+)  # fmt: skip
 
+TASKS, SCRATCH = ("gpt", "llama", "finetune", "encoder"), ("gpt", "llama")
 Done = Mapping[Job, Result]
-Alternatives = Callable[[Job], list[Job]]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Those that tuning uses, and those of the finals, which it does not."""
+
+    tuning: tuple[int, ...] = (11, 12)
+    finals: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+class Missing(LookupError):
+    """Results that are not there yet."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        super().__init__()
+        self.jobs = list(jobs)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task at a size and a length, both multiples, and how it is trained.
+
+    ``fixed`` are axes that are not tuned. A control, whose clipping is left out or whose embedding has the rate of the
+    others, goes out from the best setting of the case itself.
+    """
+
+    task: str
+    size: int = 1
+    length: int = 1
+    clip: bool = True
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> Case | None:
+        """The case from whose best setting the search goes out."""
+        if not self.clip or self.fixed == EMBEDDING:
+            return replace(self, clip=True, fixed=())
+        if self.size > 1:  # as many tokens a parameter
+            return Case(self.task, self.size // 4, self.length // 4)
+        return replace(self, length=self.length // 4) if self.length > 1 else None
+
+
+EMBEDDING = ("embedding",)
+# A model of sixteen times the parameters keeps what a quarter of it was tuned to and has its rate tuned anew.
+ALL_BUT_RATE = ("beta1", "embedding", "lookahead", "gamma")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some optimizers in some cases. ``against``: whose differences to whom the report shows."""
+
+    title: str
+    cases: tuple[Case, ...]
+    variants: tuple[Variant, ...]
+    against: tuple[str, ...] = (ADAMW,)
+
+
+CONTROLLED = tuple(BY_NAME[name] for name in (ADAMW, ALPHAADAM, LOOKAHEAD))
+FOUR = Stage("Four times the steps", tuple(Case(task, length=4) for task in TASKS), CORE, (ADAMW, ALPHAADAM, LOOKAHEAD))
+TRIED = Stage(
+    "Inside the frame, four times the steps", tuple(Case(task, length=4) for task in SCRATCH),
+    (BY_NAME[ADAMW], BY_NAME[ALPHAADAM], BY_NAME[LOOKAHEAD], *TRIALS), (LOOKAHEAD, ALPHAADAM),
+)  # fmt: skip
+ONE = Stage("Short runs", tuple(Case(task) for task in TASKS), CORE, (ADAMW, ALPHAADAM, LOOKAHEAD))
+BOTH_BASES = (BY_NAME[ADAMW], BY_NAME[ALPHAADAM])
+ITS_OPTIONS = Stage("Short runs: AlphaAdam's options", ONE.cases, (*BOTH_BASES, *OPTIONS), (ADAMW, ALPHAADAM))
+OTHERS = Stage("Short runs: peers", ONE.cases, (*BOTH_BASES, *PEERS), (ADAMW, ALPHAADAM))
+SIXTEEN = Stage("Sixteen times the steps", tuple(Case(task, length=16) for task in SCRATCH), CORE)
+SIZES = Stage(
+    "Larger models, as many tokens a parameter",
+    (Case("llama", size=4, length=4), Case("llama", size=16, length=16, fixed=ALL_BUT_RATE)),
+    CORE,
+)
+SLOW = Stage(
+    "The embedding at the rate of the others", tuple(Case(task, fixed=EMBEDDING) for task in TASKS), CONTROLLED
+)
+UNCLIPPED = Stage("No clipping", tuple(Case(task, clip=False) for task in TASKS), CONTROLLED)
+
+SHORT = (ONE, ITS_OPTIONS, SLOW)
+LONG = (FOUR, ONE, TRIED, SIXTEEN, SIZES, ITS_OPTIONS, SLOW, UNCLIPPED, OTHERS)
+"""In the order in which they are run: what the defaults depend on comes first."""
+# One seed tunes the rate, three judge: a unit is one run, and each finished optimizer is a row.
+LARGE = (
+    Stage(
+        "Models of 100M parameters", tuple(Case(task, fixed=ALL_BUT_RATE) for task in ("gpt", "finetune", "encoder")),
+        tuple(BY_NAME[name] for name in (ADAMW, LOOKAHEAD, ALPHAADAM, NADAMW)), (ADAMW,),
+    ),
+)  # fmt: skip
+LARGE_SEEDS = Seeds((11,), (1, 2, 3))
+COUNTEREXAMPLE_SEEDS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared on what, and the results so far, which grow while it runs."""
+    """What is compared, and the results so far, which grow while it runs."""
 
-    tasks: tuple[Task, ...]
-    counterexamples: tuple[Task, ...]
-    variants: tuple[Variant, ...]
+    tasks: Mapping[str, Task]
+    stages: tuple[Stage, ...]
+    seeds: Seeds
     done: Done
+    counterexamples: tuple[Task, ...] = counterexamples.TASKS
 
-    @property
-    def controlled(self) -> list[Variant]:
-        return [variant for variant in self.variants if variant.controlled]
+    def title(self, case: Case) -> str:
+        return self.tasks[case.task].title
 
-    def tasks_of(self, name: str) -> tuple[Task, ...]:
-        """The tasks that a round is about."""
-        return self.counterexamples if name == COUNTEREXAMPLES else self.tasks
+    def best(self, case: Case, variant: Variant) -> Setting:
+        """What the search ends at. Raises Missing."""
+        axes = [axis for axis in variant.axes if axis not in case.fixed]
+        return search(self._start(case, variant), axes, lambda settings: self._losses(case, variant, settings))
 
-    def finished(self, name: str) -> list[Task]:
-        """The tasks for which a round has all its results."""
-        return [task for task in self.tasks_of(name) if self._is_finished(name, task)]
+    def _start(self, case: Case, variant: Variant) -> Setting:
+        if case.before is not None:
+            found = self.best(case.before, variant)
+            return replace(found, embedding=0) if case.fixed == EMBEDDING else found
+        if variant.name == variant.start:
+            return Setting(self.tasks[case.task].rate)
+        return replace(self.best(case, BY_NAME[variant.start]), **variant.begin)  # type: ignore[arg-type]
 
-    def _is_finished(self, name: str, task: Task) -> bool:
+    def _losses(self, case: Case, variant: Variant, settings: list[Setting]) -> list[float]:
+        """The mean loss of each setting over the tuning seeds."""
+        jobs = [[job(case, variant, setting, seed) for seed in self.seeds.tuning] for setting in settings]
+        self._known([one for of_one in jobs for one in of_one])
+        return [fmean(self.done[one].final for one in of_one) for of_one in jobs]
+
+    def finals(self, case: Case, variant: Variant) -> list[Result]:
+        """The finals in the order of their seeds. Raises Missing."""
+        setting = self.best(case, variant)
+        jobs = [job(case, variant, setting, seed) for seed in self.seeds.finals]
+        return self._known(jobs)
+
+    def has(self, case: Case, variant: Variant) -> bool:
+        """Whether the finals are there."""
         try:
-            return all(job in self.done for job in ROUNDS[name](self, task))
-        except KeyError:  # a round before it is not finished
+            return bool(self.finals(case, variant))
+        except Missing:
             return False
 
+    def ends(self, task: Task, variant: Variant, rate: int) -> list[Result]:
+        """A counterexample's runs at a rate. Raises Missing."""
+        return self._known([Job(task.name, variant.name, untuned(variant, rate), s) for s in COUNTEREXAMPLE_SEEDS])
 
-def screening(study: Study, task: Task) -> list[Job]:
-    return [tuning(task, variant, rate) for variant in study.variants for rate in task.rates]
+    def cells(self) -> list[tuple[Case, Variant]]:
+        """Each optimizer in each case, once, in the order in which they are run."""
+        names = dict.fromkeys((c, v.name) for stage in self.stages for c in stage.cases for v in stage.variants)
+        return [(case, BY_NAME[name]) for case, name in names]
 
-
-def two_best(task: Task, variant: Variant, done: Done) -> list[float]:
-    """The two rates of the task's grid, before the optimizer's own scale, with the lowest losses in screening."""
-    return sorted(task.rates, key=lambda rate: screened(task, variant, rate, done))[:2]
-
-
-def screened(task: Task, variant: Variant, rate: float, done: Done) -> float:
-    """The loss in screening."""
-    return done[tuning(task, variant, rate)].final
-
-
-def run_off(study: Study, task: Task) -> list[Job]:
-    return [
-        tuning(task, variant, rate, seed)
-        for variant in study.variants for rate in two_best(task, variant, study.done) for seed in TUNING_SEEDS
-    ]  # fmt: skip
+    def _known(self, jobs: list[Job]) -> list[Result]:
+        missing = [one for one in jobs if one not in self.done]
+        if missing:
+            raise Missing(missing)
+        return [self.done[one] for one in jobs]
 
 
-def best_rate(task: Task, variant: Variant, done: Done) -> float:
-    """That of the two best with the lower mean over the tuning seeds."""
-    return min(two_best(task, variant, done), key=lambda rate: tuning_loss(task, variant, rate, done))
+def job(case: Case, variant: Variant, setting: Setting, seed: int) -> Job:
+    return Job(case.task, variant.name, setting, seed, case.size, case.length, case.clip)
 
 
-def tuning_loss(task: Task, variant: Variant, rate: float, done: Done) -> float:
-    """The mean over the tuning seeds."""
-    return fmean(done[tuning(task, variant, rate, seed)].final for seed in TUNING_SEEDS)
+def untuned(variant: Variant, rate: int) -> Setting:
+    """Where the search begins, at this rate."""
+    before = Setting(rate) if variant.name == variant.start else untuned(BY_NAME[variant.start], rate)
+    return replace(before, **variant.begin)  # type: ignore[arg-type]
 
 
-def embeddings(best: Job) -> list[Job]:
-    """Tuned control: the same run with another learning rate for the embedding."""
-    return [replace(best, embedding=multiplier) for multiplier in EMBEDDING_MULTIPLIERS]
-
-
-def longer(best: Job) -> list[Job]:
-    """Tuned control: a longer run, at about the best rate of the short one."""
-    return [replace(best, lr=best.lr * multiplier, length=LONGER) for multiplier in LONGER_MULTIPLIERS]
-
-
-def chosen(alternatives: Alternatives, task: Task, variant: Variant, done: Done) -> int:
-    """Which of a control's alternatives has the lowest mean over the tuning seeds."""
-    of_seeds = [alternatives(_at_best(task, variant, done, seed)) for seed in TUNING_SEEDS]
-    means = [fmean(done[job].final for job in jobs) for jobs in zip(*of_seeds, strict=True)]
-    return means.index(min(means))
-
-
-def final(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return replace(_at_best(task, variant, done, seed), evaluations=EVALUATIONS)
-
-
-def doubled(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    best = _at_best(task, variant, done, seed)
-    return replace(best, lr=2 * best.lr)
-
-
-def unclipped(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return replace(_at_best(task, variant, done, seed), clip=False)
-
-
-def embedding_tuned(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return embeddings(final(task, variant, done, seed))[chosen(embeddings, task, variant, done)]
-
-
-def four_times(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return longer(final(task, variant, done, seed))[chosen(longer, task, variant, done)]
-
-
-def _at_best(task: Task, variant: Variant, done: Done, seed: int) -> Job:
-    return tuning(task, variant, best_rate(task, variant, done), seed)
-
-
-def tuning(task: Task, variant: Variant, rate: float, seed: int = TUNING_SEEDS[0]) -> Job:
-    return Job(task.name, variant.name, rate * variant.lr_scale, seed)
-
-
-def finals(study: Study, task: Task) -> list[Job]:
-    return [final(task, variant, study.done, seed) for variant in study.variants for seed in SEEDS]
-
-
-def controls(study: Study, task: Task) -> list[Job]:
-    return [
-        choose(task, variant, study.done, seed)
-        for choose in (unclipped, doubled) for variant in study.controlled for seed in SEEDS
-    ]  # fmt: skip
-
-
-def tuning_of_controls(study: Study, task: Task) -> list[Job]:
-    return [
-        job
-        for alternatives, variants in ((embeddings, study.variants), (longer, study.controlled))
-        for variant in variants for seed in TUNING_SEEDS
-        for job in alternatives(_at_best(task, variant, study.done, seed))
-    ]  # fmt: skip
-
-
-def tuned_controls(study: Study, task: Task) -> list[Job]:
-    return [
-        choose(task, variant, study.done, seed)
-        for choose, variants in ((embedding_tuned, study.variants), (four_times, study.controlled))
-        for variant in variants for seed in SEEDS
-    ]  # fmt: skip
-
-
-def everything(study: Study, task: Task) -> list[Job]:
-    return [
-        tuning(task, variant, rate, seed)
-        for variant in study.variants for rate in task.rates for seed in COUNTEREXAMPLE_SEEDS
-    ]  # fmt: skip
-
-
-COUNTEREXAMPLES = "counterexamples"
-# Each round needs the results of those before it.
-ROUNDS: dict[str, Callable[[Study, Task], list[Job]]] = {
-    "screening": screening,
-    "run-off": run_off,
-    "finals": finals,
-    "controls": controls,
-    COUNTEREXAMPLES: everything,
-    "tuning of controls": tuning_of_controls,
-    "tuned controls": tuned_controls,
-}
-CONTROLS = ("controls", "tuning of controls", "tuned controls")
+def wanted(study: Study, finished: set[tuple[str, ...]]) -> Iterator[Job]:
+    """The runs that can be made now, in the order of the stages. What is finished is added to ``finished``."""
+    wants: dict[tuple[str, ...], Callable[[], object]] = {}
+    for case, variant in study.cells():
+        wants[(repr(case), variant.name)] = functools.partial(study.finals, case, variant)
+    for task in study.counterexamples:
+        for variant in VARIANTS:
+            for rate in counterexamples.RATES[task.name]:
+                wants[(task.name, variant.name, str(rate))] = functools.partial(study.ends, task, variant, rate)
+    for name, ask in wants.items():
+        if name not in finished:
+            try:
+                ask()
+                finished.add(name)
+            except Missing as missing:
+                yield from missing.jobs

@@ -1,215 +1,249 @@
-"""The report: tables in Markdown, every run in JSON."""
+"""The report: tables in Markdown, every run in JSON, and the tables that docs/results.md shows."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from . import analysis, protocol
+from . import analysis, counterexamples, protocol
 from .analysis import Difference
-from .protocol import COUNTEREXAMPLE_SEEDS, SEEDS, Study
+from .protocol import Case, Missing, Stage, Study
 from .runs import Result
+from .search import at_end
 from .tasks import Scale
-from .trial import Task
-from .variants import ADAMW, ALPHAADAM
+from .trial import Setting
+from .variants import ADAMW, BY_NAME, CORE, VARIANTS
 
-Times = dict[str, dict[str, tuple[float, float]]]
-
-CONTROLS = {
-    "best rate": protocol.final,
-    "no clipping": protocol.unclipped,
-    "twice the rate": protocol.doubled,
-    "four times the steps": protocol.four_times,
-}
+LENGTHS = {task: [Case(task, length=n) for n in (1, 4, 16)] for task in protocol.SCRATCH}
+SIZES = {"llama": [Case("llama"), *protocol.SIZES.cases]}
+Tables = Mapping[str, list[str]]
 
 
-def write(stem: Path, scale: Scale, study: Study, times: Times, machine: str, date: str) -> None:
-    """Write ``stem``.md and ``stem``.json: of a sweep cut short what is finished, and without ``times`` none."""
-    all_of = study.finished("finals")
+def write(stem: Path, scale: Scale, study: Study, machine: str, date: str) -> Tables:
+    """Write ``stem``.md and ``stem``.json, of a sweep cut short what is finished. Returns the tables by name."""
+    tables = all_tables(study)
+    seeds = len(study.seeds.finals)
     lines = [
         "# Convergence: the tables",
         "",
         f"{date}, {machine}, torch {torch.__version__}; `python -m benchmarks.convergence`. What it means is in "
         "[docs/results.md](../../docs/results.md).",
         "",
-        f"{len(SEEDS)} seeds; each optimizer at its own best learning rate. **Bold**: the 95 % interval of the paired "
-        "difference leaves 0 out. Negative is better.",
-        "",
-        "## Held-out loss, difference to AdamW",
-        "",
-        *_differences(study, all_of, ADAMW),
-        "",
-        "## Held-out loss, difference to AlphaAdam with its defaults",
-        "",
-        *_differences(study, all_of, ALPHAADAM),
+        f"Held-out loss, {seeds} seeds, each optimizer at its own best setting, and the 95 % interval of the paired "
+        "difference over seeds and held-out documents. **Bold**: clear of 0 also where all differences of a table are "
+        "looked at together (Holm). Negative is better.",
     ]
-    for task in all_of:
-        lines += ["", f"## {task.title}", "", *_task(study, task, times.get(task.name))]
-    lines += ["", "## Tuning: the best learning rate, and its loss on the three tuning seeds", ""]
-    lines += _tuning(study, all_of)
-    lines += ["", "## Controls: difference to AdamW under the same control", ""]
-    lines += [f"Loss of AdamW, and the differences to it. Seeds {SEEDS[0]} to {SEEDS[-1]}.", ""]
-    lines += _controls(study)
-    lines += ["", "## The embedding's learning rate tuned as well: difference to AdamW under the same control", ""]
-    lines += _embedding_tuned(study, study.finished("tuned controls"))
-    lines += ["", "## Alpha", "", *_alphas(study, all_of)]
-    lines += ["", "## Counterexamples", ""]
-    for task in study.finished(protocol.COUNTEREXAMPLES):
-        lines += [f"### {task.title}", "", *_counterexample(study, task), ""]
-    stem.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
-    stem.with_suffix(".json").write_text(
-        json.dumps(
-            {
-                "date": date,
-                "machine": machine,
-                "torch": torch.__version__,
-                "scale": asdict(scale),
-                "step_milliseconds": times,
-                "runs": [entry(result) for result in study.done.values()],
-            }
-        )
-        + "\n"
-    )
+    for title, rows in tables.items():
+        lines += ["", f"## {title}", "", *rows]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    about = {"date": date, "machine": machine, "torch": torch.__version__, "scale": asdict(scale)}
+    runs = [entry(result) for result in study.done.values()]
+    stem.with_suffix(".json").write_text(json.dumps({**about, "runs": runs}) + "\n")
+    return tables
+
+
+def all_tables(study: Study) -> dict[str, list[str]]:
+    """Title -> the lines of a table, of all that have something to show."""
+    tables = {}
+    for stage in study.stages:
+        for other in stage.against:
+            tables[f"{stage.title}: difference to {other}"] = differences(study, stage, other)
+        tables[f"{stage.title}: the settings"] = settings(study, stage)
+    tables["Does the gain last? Length"] = lasting(study, LENGTHS, "steps")
+    tables["Does the gain last? Size"] = lasting(study, SIZES, "parameters and steps")
+    tables["Alpha"] = alphas(study)
+    for task in study.counterexamples:
+        tables[f"Counterexample: {task.title}"] = counterexample(study, task.name)
+    return {title: rows for title, rows in tables.items() if rows}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def show(difference: Difference) -> str:
+def show(difference: Difference, clear: bool | None = None) -> str:
+    """The difference with its interval, bold where it is clear: by itself, or as ``clear`` says."""
     if math.isnan(difference.mean):
         return "diverged"
     text = f"{difference.mean:+.3f} ± {difference.half:.3f}"
-    return f"**{text}**" if difference.clear else text
+    return f"**{text}**" if (difference.clear if clear is None else clear) else text
 
 
-def _differences(study: Study, all_of: Sequence[Task], other: str) -> list[str]:
-    rows = [
-        [variant.name, *(show(analysis.against(task, variant.name, other, study.done)) for task in all_of)]
-        for variant in study.variants if variant.name != other
-    ]  # fmt: skip
-    return table(["", *(task.title for task in all_of)], rows)
+def losses(study: Study, case: Case, name: str) -> list[list[float]]:
+    """A row of held-out losses for each seed. Raises Missing."""
+    return [result.documents for result in study.finals(case, BY_NAME[name])]
 
 
-def _task(study: Study, task: Task, times: dict[str, tuple[float, float]] | None) -> list[str]:
-    done, edges = study.done, (min(task.rates), max(task.rates))
+def loss(study: Study, case: Case, name: str) -> float:
+    """The mean over seeds and documents, infinite where one diverged. Raises Missing."""
+    return fmean(result.final for result in study.finals(case, BY_NAME[name]))
+
+
+def against(study: Study, case: Case, name: str, other: str) -> Difference:
+    """Raises Missing."""
+    return analysis.paired(losses(study, case, name), losses(study, case, other))
+
+
+def finished(study: Study, cases: Iterable[Case], names: Sequence[str]) -> list[Case]:
+    """The cases in which all of these have their finals."""
+    return [case for case in cases if all(study.has(case, BY_NAME[name]) for name in names)]
+
+
+def differences(study: Study, stage: Stage, other: str) -> list[str]:
+    """A row an optimizer, a column a case; first the other's own loss. A cell without results is empty."""
+    names = [variant.name for variant in stage.variants if variant.name != other]
+    cases = finished(study, stage.cases, [other])
+    found = {(n, c): against(study, c, n, other) for n in names for c in cases if study.has(c, BY_NAME[n])}
+    clear = dict(zip(found, analysis.holm(list(found.values())), strict=True))
+    if not found:
+        return []
+    rows = [[f"{other}: loss", *(f"{loss(study, case, other):.3f}" for case in cases)]]
+    for name in names:
+        at = [(name, case) for case in cases]
+        rows.append([name, *(show(found[cell], clear[cell]) if cell in found else "" for cell in at)])
+    return table(["", *(label(study, case) for case in cases)], rows)
+
+
+def settings(study: Study, stage: Stage) -> list[str]:
+    """What tuning chose."""
     rows = []
-    for variant in study.variants:
-        rate = protocol.best_rate(task, variant, done)
-        losses = analysis.losses(task, variant.name, done)
-        reached = analysis.reached_adamw(task, variant.name, done)
-        row = [
-            variant.name,
-            f"{rate * variant.lr_scale:g}" + (" (edge)" if rate in edges else ""),
-            f"{statistics.fmean(losses):.3f} ({statistics.stdev(losses):.3f})",
-            f"{reached.share:.2f} ({reached.seeds})" if reached.seeds else f"- ({reached.seeds})",
-        ]
-        if times is not None:
-            # the same model for all: what its own step seems to take with one and the other is the machine's noise
-            model = statistics.median(of_model for of_model, _ in times.values())
-            pace = (model + times[variant.name][1]) / (model + times[ADAMW][1])
-            row += [
-                f"{reached.share * pace:.2f}" if reached.seeds else "-",
-                f"{model:.1f} + {times[variant.name][1]:.1f}",
-            ]
-        rows.append(row)
-    head = ["", "lr", f"{task.measure} (sd)", "steps to AdamW's best, as a share of AdamW's (seeds)"]
-    if times is not None:
-        head += ["the same in time", "CPU ms a step: model + optimizer"]
+    for variant in stage.variants:
+        cells = [_setting(study, case, variant.name) for case in stage.cases]
+        if any(cells):
+            rows.append([variant.name, *cells])
+    if not rows:
+        return []
+    tied = [study.title(case) for case in stage.cases if study.tasks[case.task].tied]
+    note = f" {tied[0]}'s embedding is tied: its multiple is the head's too." if tied else ""
+    return [
+        "Learning rate, beta1, the embedding's multiple of the rate, and of those that have them look-ahead's c and "
+        f"gamma. (end): the last value offered.{note}",
+        "",
+        *table(["", *(label(study, case) for case in stage.cases)], rows),
+    ]
+
+
+def _setting(study: Study, case: Case, name: str) -> str:
+    variant = BY_NAME[name]
+    try:
+        setting = study.best(case, variant)
+    except Missing:
+        return ""
+    axes = [axis for axis in variant.axes if axis not in case.fixed]
+    ends = at_end(setting, axes)
+    shown = {"rate": f"{setting.lr * variant.lr_scale:.2g}", "embedding": f"x {2.0**setting.embedding:g}"}
+    parts = [
+        shown.get(axis, f"{_short(axis)}{getattr(setting, axis):.2g}") + (" (end)" if axis in ends else "")
+        for axis in variant.axes
+    ]
+    return ", ".join(parts)
+
+
+def _short(axis: str) -> str:
+    return {"lookahead": "c ", "gamma": "gamma "}.get(axis, "")
+
+
+def lasting(study: Study, by_task: Mapping[str, Sequence[Case]], what: str) -> list[str]:
+    """The gain over AdamW against length or size, and in the last column whether it lasts, once all of it is there."""
+    gains = {
+        (task, variant.name, case): against(study, case, variant.name, ADAMW)
+        for task, cases in by_task.items() for variant in CORE if variant.name != ADAMW
+        for case in finished(study, cases, [ADAMW, variant.name])
+    }  # fmt: skip
+    if not gains:
+        return []
+    clear = dict(zip(gains, analysis.holm(list(gains.values())), strict=True))
+    rows = []
+    for task, name in dict.fromkeys((task, name) for task, name, _ in gains):
+        cells = [(task, name, case) for case in by_task[task]]
+        worth, saved = "", ""
+        if all(cell in gains for cell in cells):
+            worth = analysis.trend(gains[cells[0]], gains[cells[-1]])
+            saved = _saved(study, gains[cells[-1]], by_task[task])
+        shown = [show(gains[cell], clear[cell]) if cell in gains else "" for cell in cells]
+        rows.append([study.tasks[task].title, name, *shown, saved, worth])
+    multiples = [case.size if case.size > 1 else case.length for case in next(iter(by_task.values()))]
+    head = ["task", "", *(f"{multiple}x {what}" for multiple in multiples), "steps saved at the last", "the gain"]
     return table(head, rows)
 
 
-def _tuning(study: Study, all_of: Sequence[Task]) -> list[str]:
-    done, rows = study.done, []
-    for variant in study.variants:
-        row = [variant.name]
-        for task in all_of:
-            rate = protocol.best_rate(task, variant, done)
-            loss = protocol.tuning_loss(task, variant, rate, done)
-            edge = ", edge" if rate in (min(task.rates), max(task.rates)) else ""
-            row.append(f"{loss:.3f} ({rate * variant.lr_scale:g}{edge})")
-        rows.append(row)
-    return table(["", *(task.title for task in all_of)], rows)
+def _saved(study: Study, gain: Difference, cases: Sequence[Case]) -> str:
+    """By the fall of AdamW's loss from the last length but one to the last; between sizes there is no such thing."""
+    before, last = cases[-2:]
+    ends = [loss(study, case, ADAMW) for case in (before, last)]
+    share = analysis.saved(gain, ends[0], ends[1], factor=last.length / before.length)
+    return "" if last.size > 1 or math.isnan(share) else f"{share:.0%}"
 
 
-def _controls(study: Study) -> list[str]:
-    others = [variant for variant in study.controlled if variant.name != ADAMW]
-    done, rows = study.done, []
-    for task in study.tasks:
-        for control, choose in CONTROLS.items():
-            try:
-                adamw = statistics.fmean(analysis.losses(task, ADAMW, done, choose))
-                cells = [show(analysis.against(task, variant.name, ADAMW, done, choose)) for variant in others]
-            except KeyError:  # not run yet
-                continue
-            if choose is protocol.four_times:
-                chosen = [protocol.chosen(protocol.longer, task, variant, done) for variant in study.controlled]
-                control += f" (rate x {', '.join(f'{protocol.LONGER_MULTIPLIERS[i]:g}' for i in chosen)})"
-            rows.append([task.title, control, f"{adamw:.3f}", *cells])
-    return table(["", "control", ADAMW, *(variant.name for variant in others)], rows)
+def label(study: Study, case: Case) -> str:
+    """A case in a table's head."""
+    size = f", {case.size}x parameters" if case.size > 1 else ""
+    return study.title(case) + size
 
 
-def _embedding_tuned(study: Study, all_of: Sequence[Task]) -> list[str]:
-    choose = protocol.embedding_tuned
-    done, rows = study.done, []
-    for variant in study.variants:
-        row = [variant.name]
-        for task in all_of:
-            if variant.name == ADAMW:
-                cell = f"{statistics.fmean(analysis.losses(task, ADAMW, done, choose)):.3f}"
-            else:
-                cell = show(analysis.against(task, variant.name, ADAMW, done, choose))
-            multiplier = protocol.EMBEDDING_MULTIPLIERS[protocol.chosen(protocol.embeddings, task, variant, done)]
-            row.append(f"{cell}, x {multiplier:g}")
-        rows.append(row)
-    return [
-        "AdamW's loss, the others' differences to it, and the multiple of the learning rate that tuning chose.",
-        "",
-        *table(["", *(t.title for t in all_of)], rows),
-    ]
-
-
-def _alphas(study: Study, all_of: Sequence[Task]) -> list[str]:
+def alphas(study: Study) -> list[str]:
+    """alpha in the short runs' finals: the mean over the steps, and the largest of any step and seed."""
     rows = []
-    for variant in study.variants:
-        finals = [[protocol.final(task, variant, study.done, seed) for seed in SEEDS] for task in all_of]
-        results = [[study.done[job] for job in jobs] for jobs in finals]
-        if results and results[0][0].alpha_mean is not None:
-            rows.append([variant.name, *(_alpha(of_task) for of_task in results)])
-    return [
-        "Mean over the steps, and the largest of any step and seed.",
-        "",
-        *table(["", *(t.title for t in all_of)], rows),
-    ]
+    cases = protocol.ONE.cases
+    for variant in VARIANTS:
+        cells = []
+        for case in cases:
+            results = study.finals(case, variant) if study.has(case, variant) else []
+            cells.append(_alpha(results))
+        if any(cells):
+            rows.append([variant.name, *cells])
+    if not rows:
+        return []
+    head = ["", *(study.title(case) for case in cases)]
+    return ["Mean over the steps, and the largest of any step and seed.", "", *table(head, rows)]
 
 
 def _alpha(results: Sequence[Result]) -> str:
     means = [result.alpha_mean for result in results if result.alpha_mean is not None]
     peaks = [result.alpha_peak for result in results if result.alpha_peak is not None]
-    return f"{statistics.fmean(means):.2f}, {max(peaks):.2f}"
+    return f"{fmean(means):.2f}, {max(peaks):.2f}" if means and max(peaks) > 1 else ""
 
 
-def _counterexample(study: Study, task: Task) -> list[str]:
-    rows = []
-    for variant in study.variants:
-        row = [variant.name]
-        for rate in task.rates:
-            end = analysis.ends(task, variant, rate, study.done)
-            row.append(f"{end:.3g}" if math.isfinite(end) else "diverged")
-        rows.append(row)
-    seeds = len(COUNTEREXAMPLE_SEEDS)
-    rates = "by learning rate (Lion's is half of it, AlphaLion's a quarter)"
-    caption = f"{task.measure.capitalize()}, mean of {seeds} seeds, {rates}."
-    return [caption, "", *table(["", *(f"{rate:g}" for rate in task.rates)], rows)]
+def counterexample(study: Study, name: str) -> list[str]:
+    """Where it ends, by learning rate."""
+    task = next(task for task in study.counterexamples if task.name == name)
+    rates, rows = counterexamples.RATES[name], []
+    try:
+        for variant in VARIANTS:
+            ends = [fmean(result.final for result in study.ends(task, variant, rate)) for rate in rates]
+            rows.append([variant.name, *(f"{end:.3g}" if math.isfinite(end) else "diverged" for end in ends)])
+    except Missing:
+        return []
+    seeds = len(protocol.COUNTEREXAMPLE_SEEDS)
+    caption = f"{task.measure.capitalize()}, mean of {seeds} seeds, by learning rate (a variant's scale comes to it)."
+    return [caption, "", *table(["", *(f"{Setting(rate).lr:.2g}" for rate in rates)], rows)]
 
 
 def entry(result: Result) -> dict[str, object]:
-    """A run as the JSON has it: losses to five digits, None where it diverged."""
-    curve = [[step, round(loss, 5) if math.isfinite(loss) else None] for step, loss in result.curve]
-    return {**asdict(result), "curve": curve}
+    """A run as the JSON has it: the mean loss in place of the documents', None where it diverged."""
+    values = asdict(result)
+    del values["documents"]
+    return {**values, "final": round(result.final, 5) if math.isfinite(result.final) else None}
+
+
+def fill(page: Path, tables: Tables) -> list[str]:
+    """Put tables into a page, between ``<!-- table: TITLE -->`` and ``<!-- end -->``. Returns the titles it asked for.
+
+    A table that is not there yet leaves what the page has.
+    """
+    asked: list[str] = []
+
+    def put(found: re.Match[str]) -> str:
+        asked.append(found[1])
+        rows = tables.get(found[1])
+        return found[0] if rows is None else "\n".join([f"<!-- table: {found[1]} -->", *rows, "<!-- end -->"])
+
+    page.write_text(re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", put, page.read_text(), flags=re.DOTALL))
+    return asked

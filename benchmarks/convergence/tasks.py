@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
-import tempfile
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 from pathlib import Path
-from pydoc_data.topics import topics
-from sysconfig import get_path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,25 +24,31 @@ from transformers import (
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from alphaadam_dist.paths import cache_dir
-from alphaadam_dist.training.corpus import load_corpus
-from alphaadam_dist.training.data import byte_level_bpe, token_blocks
+from alphaadam_dist.training.models import pretrained_model, pretrained_tokenizer
 from alphaadam_dist.training.transformers_versions import in_dtype
 
-from .trial import Task, Trial
+from . import source, text
+from . import trial as trial_module
+from .text import Data
+from .trial import Task, Trial, warmup_and_cosine
 
 BYTES = 257  # with the end of text: a BPE of this size has no merges
-HELD_OUT = 128
 CLIP = 1.0
-PACKAGES = ("asyncio", "ctypes", "distutils", "email", "multiprocessing", "tkinter", "unittest", "xml")
+FINISHED = 8
+"""A model to fine-tune has trained for so many times a run's steps, its learning rate down to 0."""
+PRETRAINING_RATE = 8e-3
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large models and runs are. ``pretrained``: what is fine-tuned; None trains a small Llama for it first."""
+    """How large models and runs are.
+
+    ``pretrained`` is what is fine-tuned; None trains a small Llama for it first. ``encoder`` is fine-tuned on the
+    sentences in ``glue``; None trains one from scratch on packages of the standard library.
+    """
 
     width: int
     layers: int
@@ -53,42 +57,42 @@ class Scale:
     batch: int
     steps: int
     vocabulary: int
-    rates: tuple[float, ...]
-    fine_tuning_rates: tuple[float, ...]
+    rate: int
+    fine_tuning_rate: int
     data: str = "stdlib"
     pretrained: str | None = None
+    encoder: str | None = None
+    glue: str | None = None
     device: str = "cpu"
+    autocast: bool = False
 
     @property
     def init(self) -> float:
         """Standard deviation of new weights: GPT-2's 0.02 at width 768, and as much per unit at any other width."""
         return 0.02 * (768 / self.width) ** 0.5
 
-
-SMALL = Scale(
-    64, 2, 4, block=64, batch=8, steps=128, vocabulary=512,
-    rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), fine_tuning_rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-)  # fmt: skip
-LARGE = Scale(
-    768, 12, 12, block=512, batch=16, steps=4000, vocabulary=32000,
-    rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3), fine_tuning_rates=(1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4),
-    pretrained="HuggingFaceTB/SmolLM2-135M", device="cuda",
-)  # fmt: skip
+    def times(self, size: int) -> Scale:
+        """The scale with so many times the parameters inside the layers: ``size`` is a square number."""
+        return replace(self, width=self.width * isqrt(size))
 
 
 def tasks(scale: Scale) -> tuple[Task, ...]:
     """The four training tasks at this scale."""
     token, label = "held-out loss, nats a token", "held-out loss, nats a label"
-    fine_tuned = "a small Llama" if scale.pretrained is None else scale.pretrained
-    bind = functools.partial
+    fine_tuned = "a small Llama" if scale.pretrained is None else Path(scale.pretrained).name
+    classes = "8 classes" if scale.encoder is None else "sentences"
+    steps, bind = scale.steps, functools.partial
     return (
-        Task("gpt", "GPT from scratch, bytes", token, scale.steps, scale.rates, bind(gpt, scale), CLIP),
-        Task("llama", "Llama from scratch, BPE", token, scale.steps, scale.rates, bind(llama, scale), CLIP),
+        Task("gpt", "GPT from scratch", token, steps, scale.rate, bind(gpt, scale), CLIP, tied=True),
+        Task("llama", "Llama from scratch", token, steps, scale.rate, bind(llama, scale), CLIP),
         Task(
-            "finetune", f"{fine_tuned}, code to prose", token,
-            scale.steps // 2, scale.fine_tuning_rates, bind(finetune, scale), CLIP,
+            "finetune", f"{fine_tuned}, fine-tuned", token, steps // 2, scale.fine_tuning_rate,
+            bind(finetune, scale), CLIP,
         ),
-        Task("encoder", "encoder, 8 classes", label, scale.steps * 3 // 4, scale.rates, bind(encoder, scale), CLIP),
+        Task(
+            "encoder", f"encoder, {classes}", label, steps * 3 // 4,
+            scale.rate if scale.encoder is None else scale.fine_tuning_rate, bind(encoder, scale), CLIP,
+        ),
     )  # fmt: skip
 
 
@@ -96,54 +100,49 @@ def tasks(scale: Scale) -> tuple[Task, ...]:
 
 
 def gpt(scale: Scale, seed: int) -> Trial:
-    """GPT-2's architecture on the bytes of the corpus, embeddings tied."""
+    """GPT-2's architecture on the corpus, embeddings tied: bytes at the small scale, a BPE at the large."""
     torch.manual_seed(seed)
+    vocabulary = BYTES if scale.vocabulary < 1000 else scale.vocabulary
     config = GPT2Config(
-        vocab_size=BYTES, n_positions=scale.block, n_embd=scale.width, n_layer=scale.layers, n_head=scale.heads,
+        vocab_size=vocabulary, n_positions=scale.block, n_embd=scale.width, n_layer=scale.layers, n_head=scale.heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, initializer_range=scale.init,
     )  # fmt: skip
-    train, held_out = blocks(scale.data, bpe(scale.data, BYTES), scale.block)
-    return language(scale, GPT2LMHeadModel(config), train, held_out, seed)
+    return next_token(scale, GPT2LMHeadModel(config), text.language(scale.data, vocabulary, scale.block), seed)
 
 
 def llama(scale: Scale, seed: int) -> Trial:
     """Llama's architecture on a byte-level BPE of the corpus, embeddings not tied."""
     torch.manual_seed(seed)
-    train, held_out = blocks(scale.data, bpe(scale.data, scale.vocabulary), scale.block)
-    return language(scale, new_llama(scale), train, held_out, seed)
+    return next_token(scale, new_llama(scale), text.language(scale.data, scale.vocabulary, scale.block), seed)
 
 
 def finetune(scale: Scale, seed: int) -> Trial:
-    """A language model of code goes on with prose: Python's manual, which the corpus leaves out."""
+    """A finished language model goes on with documentation: the docstrings of the corpus."""
     if scale.pretrained is not None:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(scale.pretrained)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(scale.pretrained, **in_dtype(torch.float32))
+        tokenizer = pretrained_tokenizer(scale.pretrained)
+        model: PreTrainedModel = pretrained_model(scale.pretrained, torch.float32)
     else:
-        tokenizer = bpe(scale.data, scale.vocabulary)
+        tokenizer = text.bpe(scale.data, scale.vocabulary)
         model = new_llama(scale)
         model.load_state_dict(torch.load(pretrain(scale), weights_only=True))
-    train, held_out = blocks(manual(), tokenizer, scale.block)
-    return language(scale, model, train, held_out, seed)
+    return next_token(scale, model, text.documentation(scale.data, tokenizer, scale.block), seed)
 
 
 def encoder(scale: Scale, seed: int) -> Trial:
-    """ModernBERT's architecture learns which of eight packages of the standard library a piece of text is from."""
+    """A classifier of texts: which of eight packages is it from, or GLUE's SST-2 and the like."""
     torch.manual_seed(seed)
-    config = ModernBertConfig(
-        vocab_size=scale.vocabulary, hidden_size=scale.width, intermediate_size=scale.width * 3 // 2,
-        num_hidden_layers=scale.layers, num_attention_heads=scale.heads, max_position_embeddings=scale.block,
-        classifier_pooling="mean", initializer_range=scale.init,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0, cls_token_id=0, sep_token_id=0,
-    )  # fmt: skip
-    config.num_labels = len(PACKAGES)
-    model = ModernBertForSequenceClassification(config)
-    inputs, labels = package_pieces(scale)
-    held_out, train = (inputs[: 4 * HELD_OUT], labels[: 4 * HELD_OUT]), (inputs[4 * HELD_OUT :], labels[4 * HELD_OUT :])
+    if scale.encoder is not None and scale.glue is not None:
+        data = text.sentences(scale.glue, pretrained_tokenizer(scale.encoder), scale.block // 8)
+        model = AutoModelForSequenceClassification.from_pretrained(scale.encoder, **in_dtype(torch.float32))
+    else:
+        data, model = text.packages(scale.data, scale.vocabulary, scale.block // 2), new_encoder(scale)
 
-    def loss(tokens: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(model(input_ids=tokens.to(scale.device)).logits, label.to(scale.device))
+    def losses(tokens: Tensor, label: Tensor) -> Tensor:
+        mask = (tokens != (model.config.pad_token_id or 0)).long().to(scale.device)
+        logits = model(input_ids=tokens.to(scale.device), attention_mask=mask).logits
+        return F.cross_entropy(logits.float(), label.to(scale.device), reduction="none")
 
-    return trial(scale, model, loss, train, held_out, 2 * scale.batch, seed)
+    return trial(scale, model, losses, data, 2 * scale.batch, seed)
 
 
 # ---- models -------------------------------------------------------------------------------------------------------
@@ -159,117 +158,83 @@ def new_llama(scale: Scale) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def new_encoder(scale: Scale) -> ModernBertForSequenceClassification:
+    """A ModernBERT with a label for each package and random weights from torch's current seed."""
+    config = ModernBertConfig(
+        vocab_size=scale.vocabulary, hidden_size=scale.width, intermediate_size=scale.width * 3 // 2,
+        num_hidden_layers=scale.layers, num_attention_heads=scale.heads, max_position_embeddings=scale.block,
+        classifier_pooling="mean", initializer_range=scale.init,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0, cls_token_id=0, sep_token_id=0,
+    )  # fmt: skip
+    config.num_labels = len(text.PACKAGES)
+    return ModernBertForSequenceClassification(config)
+
+
 def pretrain(scale: Scale) -> Path:
-    """The weights that fine-tuning starts from: AdamW for three times a run's steps, kept in the cache folder."""
-    what = hashlib.sha256(repr((scale, corpus_named(scale.data).digest)).encode() + Path(__file__).read_bytes())
+    """The weights that fine-tuning starts from: AdamW's, kept in the cache folder. They are one seed's, 1000."""
+    code = source.digest(sys.modules[__name__], text, trial_module)
+    what = hashlib.sha256(repr((scale, text.corpus(scale.data).digest, code)).encode())
     path = cache_dir() / f"convergence-llama-{what.hexdigest()[:16]}.pt"
     if not path.exists():
         torch.manual_seed(1000)
-        model = new_llama(scale)
-        train, held_out = blocks(scale.data, bpe(scale.data, scale.vocabulary), scale.block)
-        start = language(scale, model, train, held_out, seed=1000)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=scale.rates[1])
-        for step in range(3 * scale.steps):
+        model, steps = new_llama(scale), FINISHED * scale.steps
+        start = next_token(scale, model, text.language(scale.data, scale.vocabulary, scale.block), seed=1000)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_RATE)
+        schedule = LambdaLR(optimizer, functools.partial(warmup_and_cosine, steps))
+        for step in range(steps):
             start.loss(step).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
         partial = path.with_suffix(f".partial{os.getpid()}")
         torch.save(model.state_dict(), partial)
         os.replace(partial, path)
     return path
 
 
-def language(scale: Scale, model: PreTrainedModel, train: Tensor, held_out: Tensor, seed: int) -> Trial:
+# ---- trials -------------------------------------------------------------------------------------------------------
+
+
+def next_token(scale: Scale, model: PreTrainedModel, data: Data, seed: int) -> Trial:
     """A trial of next-token prediction; blocks of shape (n, block)."""
 
-    def loss(tokens: Tensor) -> Tensor:
+    def losses(tokens: Tensor) -> Tensor:
         tokens = tokens.to(scale.device)
-        logits = model(input_ids=tokens).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        logits = model(input_ids=tokens).logits[:, :-1].float()
+        return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
 
-    return trial(scale, model, loss, (train,), (held_out,), scale.batch, seed)
+    return trial(scale, model, losses, data, scale.batch, seed)
 
 
 def trial(
-    scale: Scale,
-    model: PreTrainedModel,
-    loss: Callable[..., Tensor],
-    train: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...],
-    batch: int,
-    seed: int,
+    scale: Scale, model: PreTrainedModel, losses: Callable[..., Tensor], data: Data, batch: int, seed: int
 ) -> Trial:
-    """Batches drawn with ``seed``; the held-out loss is a mean over all of ``held_out``."""
+    """Batches drawn with ``seed``. ``losses`` of rows are one a row; of a held-out document their mean is measured."""
     nn.Module.to(model, scale.device)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(train[0]), generator=generator)
+    model.train()
+    cast = functools.partial(torch.autocast, scale.device, torch.bfloat16, enabled=scale.autocast)
+    order = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(seed))
 
     def step_loss(step: int) -> Tensor:
         # the order starts anew where a long run has seen everything
         rows = order[torch.arange(step * batch, (step + 1) * batch) % len(order)]
-        return loss(*(part[rows] for part in train))
+        with cast():
+            return losses(*(part[rows] for part in data.train)).mean()
 
     @torch.no_grad()
-    def evaluate() -> float:
+    def evaluate() -> list[float]:
         model.eval()
         size = 4 * batch
-        total = sum(
-            float(loss(*(part[i : i + size] for part in held_out))) * len(held_out[0][i : i + size])
-            for i in range(0, len(held_out[0]), size)
-        )
+        with cast():
+            of_rows = torch.cat([
+                losses(*(part[i : i + size] for part in data.held_out)) for i in range(0, len(data.document), size)
+            ]).double().cpu()  # fmt: skip
         model.train()
-        return total / len(held_out[0])
+        rows = data.document.bincount()
+        return (torch.zeros(len(rows), dtype=torch.double).index_add_(0, data.document, of_rows) / rows).tolist()
 
     embedding = [p for p in model.get_input_embeddings().parameters() if p.requires_grad]
     inside = {id(p) for p in embedding}
-    other: list[nn.Parameter] = [p for p in model.parameters() if id(p) not in inside]
+    other: list[nn.Parameter] = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
     return Trial(other, step_loss, evaluate, embedding=embedding)
-
-
-# ---- data, loaded once a process ----------------------------------------------------------------------------------
-
-corpus_named = functools.cache(load_corpus)
-
-
-@functools.cache
-def blocks(data: str, tokenizer: PreTrainedTokenizerBase, block: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out blocks of tokens, each int64 of shape (n, block)."""
-    train, held_out = token_blocks(corpus_named(data), tokenizer, block)
-    return train.with_format("torch")["input_ids"][:], held_out.with_format("torch")["input_ids"][:]
-
-
-@functools.cache
-def bpe(data: str, vocabulary: int) -> PreTrainedTokenizerBase:
-    return byte_level_bpe(corpus_named(data), vocabulary)
-
-
-@functools.cache
-def manual() -> str:
-    """A folder with Python's manual, one file a topic, in the cache.
-
-    It appears whole: workers start together, and one that read what another was still writing would train on less.
-    """
-    folder = cache_dir() / f"manual-{hashlib.sha256(repr(topics).encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as partial:
-            (whole := Path(partial, "manual")).mkdir()
-            for topic, text in topics.items():
-                (whole / f"{topic}.txt").write_text(text)
-            with contextlib.suppress(OSError):  # where another worker was first
-                whole.rename(folder)
-    return str(folder)
-
-
-@functools.cache
-def package_pieces(scale: Scale) -> tuple[Tensor, Tensor]:
-    """Pieces of half a block from eight packages, shuffled: tokens of shape (n, block / 2) and labels of shape (n)."""
-    tokenizer = bpe(scale.data, scale.vocabulary)
-    pieces, labels = [], []
-    for label, package in enumerate(PACKAGES):
-        corpus = corpus_named(str(Path(get_path("stdlib")) / package))
-        train, _ = token_blocks(corpus, tokenizer, scale.block // 2)
-        pieces.append(train.with_format("torch")["input_ids"][:])
-        labels.append(torch.full((len(train),), label))
-    order = torch.randperm(sum(map(len, pieces)), generator=torch.Generator().manual_seed(0))
-    return torch.cat(pieces)[order], torch.cat(labels)[order]

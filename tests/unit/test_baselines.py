@@ -80,6 +80,69 @@ def test_peers_follow_their_rule(peer: Callable[..., torch.optim.Optimizer], fac
         assert got == pytest.approx(want, rel=1e-12)
 
 
+def ahead_with(
+    numerator: Callable[[float, float, int], float], cautious_decay: bool, grads: list[list[Any]]
+) -> list[list[float]]:
+    result = []
+    for i, start in enumerate(tensors(0, torch.float64, SHAPES)):
+        p = start.flatten().tolist()
+        m, v = [0.0] * len(p), [0.0] * len(p)
+        for t, grad in enumerate(grads, start=1):
+            for j, g in enumerate(grad[i].flatten().tolist()):
+                m[j] = BETA1 * m[j] + (1 - BETA1) * g
+                v[j] = BETA2 * v[j] + (1 - BETA2) * g * g
+                u = numerator(m[j], g, t) / (math.sqrt(v[j] / (1 - BETA2**t)) + EPS)
+                decays = u * p[j] >= 0 or not cautious_decay
+                p[j] -= LR * DECAY * p[j] * decays + LR * u
+        result.append(p)
+    return result
+
+
+def nesterov(m: float, g: float, t: int) -> float:
+    return BETA1 * m / (1 - BETA1 ** (t + 1)) + (1 - BETA1) * g / (1 - BETA1**t)
+
+
+def look_ahead(m: float, g: float, t: int) -> float:
+    return (m / (1 - BETA1**t) + 0.5 * g) / 1.5
+
+
+@pytest.mark.parametrize(
+    ("peer", "options", "numerator"),
+    [
+        (baselines.NAdamW, {}, nesterov),
+        (baselines.LookAhead, {"lookahead": 0.5}, look_ahead),
+        (baselines.LookAhead, {"lookahead": 0.5, "cautious_decay": True}, look_ahead),
+    ],
+)
+def test_optimizers_that_look_ahead_follow_their_rule(
+    peer: Callable[..., torch.optim.Optimizer], options: dict[str, Any], numerator: Callable[[float, float, int], float]
+) -> None:
+    grads = gradients(STEPS, torch.float64, SHAPES)
+    expected = ahead_with(numerator, bool(options.get("cautious_decay")), grads)
+    for got, want in zip(run(peer(parameters(), **ADAMW, **options), grads), expected, strict=True):
+        assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_the_controls_look_ahead_is_alphaadams() -> None:
+    grads = gradients(STEPS, torch.float64, SHAPES)
+    theirs = run(AlphaAdam(parameters(), lookahead=0.5, gamma=1.0, **ADAMW), grads)
+    for got, want in zip(run(baselines.LookAhead(parameters(), lookahead=0.5, **ADAMW), grads), theirs, strict=True):
+        assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_cmgup_of_the_evidence_steps_by_one_where_there_is_no_gradient() -> None:
+    ends = []
+    for evidence in (True, False):
+        optimizer = baselines.CMGUPAdamW([nn.Parameter(torch.zeros(3, dtype=torch.float64))], lr=1.0, evidence=evidence)
+        step_with(optimizer, [torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)])
+        before = parameters_of(optimizer)[0].detach().clone()
+        step_with(optimizer, [torch.tensor([1.0, 0.0, 1e3], dtype=torch.float64)])
+        ends.append((parameters_of(optimizer)[0].detach() - before * (1 - 1e-2)).tolist())
+    (same, quiet, opposed), (same_too, as_released, opposed_too) = ends
+    assert (same, opposed) == pytest.approx((same_too, opposed_too))
+    assert as_released == pytest.approx(2 * quiet)
+
+
 def test_cautious_adamw_multiplies_by_no_more_than_a_thousand() -> None:
     start = torch.zeros(5000, dtype=torch.float64)
     optimizer = baselines.CAdamW([nn.Parameter(start.clone())], lr=1.0, weight_decay=0.0)
