@@ -58,7 +58,7 @@ def alone_without_the_matrix(**options: Any) -> list[Any]:
 
 @pytest.mark.parametrize("options", [{}, {"sync": "delayed"}, {"scope": "layer"}], ids=["exact", "delayed", "layer"])
 def test_muon_for_a_matrix_and_alphaadam_for_the_rest(tmp_path: Path, options: dict[str, Any]) -> None:
-    """alpha is that of the parameters that AlphaAdam holds, under any sharding; a checkpoint of both goes on as both."""
+    """alpha is that of the parameters that AlphaAdam holds, under any sharding; one checkpoint goes on as both."""
     (plain,) = threads.run(1, trained, "plain", "", **options)
     sharded = threads.run(4, trained, "fsdp2", str(tmp_path), **options)
     resumed = threads.run(4, trained, "fsdp2", str(tmp_path), load=True, **options)
