@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from alphaadam_dist import AlphaAdam
 from tests.cells import Cell, refused, served
 from tests.equality.llamas import deviation
+from tests.marks import nightly_but
 from tests.models import decay_groups, given_gradients, tiny_llama, token_batches
 from tests.older import since_deepspeed
 from tests.ranks import RankError, Ranks
@@ -126,11 +128,11 @@ def ranks(ranks4: Ranks) -> Iterator[Ranks]:
 OPTIONS: dict[str, dict[str, Any]] = {"exact": {}, "delayed": {"sync": "delayed"}, "layer": {"scope": "layer"}}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")]
+    ("stage", "dtype", "setting"), nightly_but(product((0, 1, 2), ("fp32", "bf16"), OPTIONS), every=4)
 )
-def test_two_by_two_ranks_equal_one_process(ranks: Ranks, stage: int, dtype: str, options: dict[str, Any]) -> None:
+def test_two_by_two_ranks_equal_one_process(ranks: Ranks, stage: int, dtype: str, setting: str) -> None:
+    options = OPTIONS[setting]
     assert_one_process(ranks.run(given, config(stage, dtype), options), alone(dtype_of(dtype), **options))
 
 
@@ -149,7 +151,7 @@ def resumed(ds_config: dict[str, Any], folder: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", nightly_but([0, 1, 2], every=2))
 def test_a_checkpoint_goes_on(ranks: Ranks, tmp_path: Path, stage: int) -> None:
     assert_one_process(ranks.run(resumed, config(stage), str(tmp_path)), alone(torch.float32))
 
