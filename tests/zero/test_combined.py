@@ -163,7 +163,7 @@ def ulysses(config: dict[str, Any], options: dict[str, Any], mesh: bool) -> dict
 @pytest.mark.parametrize("options", [{}, {"scope": "layer"}], ids=["exact", "layer"])
 @pytest.mark.parametrize("stage", list(ULYSSES))
 def test_ulysses(ranks4: Ranks, stage: int, options: dict[str, Any]) -> None:
-    """Two ranks share a sequence, each with its part of the gradient: DeepSpeed adds up those of two, but at stage 3."""
+    """Two ranks share a sequence, each with its part of the gradient; DeepSpeed adds those up, but at stage 3."""
     ranks = ranks4.run(ulysses, engine.config(stage), options, False)
     assert_equal(ranks, engine.given_alone(options, shrink=1.0 if stage == 3 else 2.0))
 

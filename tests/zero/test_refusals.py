@@ -37,11 +37,11 @@ def offload(**more: Any) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "deepcompile": (
+    "DeepCompile": (
         {**engine.config(3), "compile": {"deepcompile": True}},
         r"compile\.deepcompile=true: DeepCompile steps past the hooks that count: set it to false",
     ),
-    "fp16 autocast": (
+    "`torch_autocast`, fp16": (
         {**engine.config(2), "torch_autocast": {"enabled": True, "dtype": "float16"}},
         r"torch_autocast with dtype float16 at stage 2: .* use dtype bfloat16",
     ),
@@ -49,37 +49,37 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {**engine.config(2, offload=True), "fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
         r"fp16\.fp16_master_weights_and_grads=true: .* set it to false",
     ),
-    "bf16 states": (
+    "bf16 states without `state_dtype`": (
         {**offload(), "bf16": BF16_STATES},
         r"bf16\.bf16_optimizer_states=true with state_dtype=None: .* set both flags to false",
     ),
-    "super offload": (
+    "SuperOffload": (
         offload(super_offload=True),
         r"zero_optimization\.offload_optimizer\.super_offload=true: .* set it to false",
     ),
-    "partial offload": (
+    "`offload_optimizer.ratio` below 1": (
         offload(ratio=0.5),
         r"zero_optimization\.offload_optimizer\.ratio=0\.5: .* set ratio to 1\.0",
     ),
-    "zenflow": (
+    "ZenFlow": (
         engine.config(2, offload=True, zenflow={"topk_ratio": 0.1, "update_interval": 4, "full_warm_up_rounds": 0}),
         r"zero_optimization\.zenflow: .* remove the section",
     ),
-    "elastic checkpoints": (
+    "`elastic_checkpoint`": (
         engine.config(2, elastic_checkpoint=True),
         r"zero_optimization\.elastic_checkpoint=true: .* DeepSpeed saves no step .* set it to false",
     ),
-    "elastic checkpoints at stage 3": (
+    "`elastic_checkpoint` at stage 3": (
         engine.config(3, elastic_checkpoint=True),
         r"zero_optimization\.elastic_checkpoint=true: .* DeepSpeed saves no step .* set it to false",
     ),
-    "nvme": (
+    "NVMe, `sync=\"exact\"`": (
         offload(device="nvme", nvme_path="/tmp"),
         r"zero_optimization\.offload_optimizer\.device='nvme' with sync='exact': .* set sync='delayed'",
     ),
 }  # fmt: skip
-SINCE = {"deepcompile": "0.16.6", "fp16 autocast": "0.17.2", "zenflow": "0.17.5", "super offload": "0.18.0",
-         "bf16 states": "0.18.3"}  # fmt: skip
+SINCE = {"DeepCompile": "0.16.6", "`torch_autocast`, fp16": "0.17.2", "ZenFlow": "0.17.5", "SuperOffload": "0.18.0",
+         "bf16 states without `state_dtype`": "0.18.3"}  # fmt: skip
 """The first DeepSpeed that knows what is refused; older ones ignore it, with every optimizer, or stop by themselves."""
 
 
