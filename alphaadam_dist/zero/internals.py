@@ -400,13 +400,12 @@ class Stage3(InParts):
         return [sum(param.partition_numel() for param in params) for params in self.zero.fp16_groups]
 
     def shards(self, names: dict[Tensor, str]) -> list[list[Shard]]:
-        rank = dist.get_rank(self.zero.dp_process_group)
         by_flat = []
         for params in self.zero.fp16_groups:
             held, offset = [], 0
             for param in params:
                 padded = param.partition_numel()
-                start = rank * padded
+                start = dist.get_rank(param.ds_process_group) * padded  # AutoEP's experts have a group of their own
                 numel = max(0, min(padded, param.ds_numel - start))
                 if numel:
                     at = consecutive(start, numel)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
@@ -79,11 +80,6 @@ def _of_the_parallelism(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refu
         "which parameters it splits DeepSpeed does not know: use DeepSpeed's tensor_parallel.autotp_size, or ZeRO-3",
     )
     yield (
-        by_tensor and stage == 3,
-        f"tensor_parallel.autotp_size={older.asked(engine, 'autotp_size', 1)!r} with zero_optimization.stage=3",
-        "use stage 0, 1 or 2",
-    )
-    yield (
         by_tensor and optimizer.defaults["state_dtype"] is not None,
         f"state_dtype={optimizer.defaults['state_dtype']!r} with tensor_parallel.autotp_size="
         f"{older.asked(engine, 'autotp_size', 1)!r}",
@@ -101,9 +97,9 @@ def _of_the_parallelism(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refu
         "DeepCompile steps past the hooks that count: set it to false",
     )
     yield (
-        engine.has_moe_layers and engine.zero_optimization_stage() == 3,
+        stage == 3 and any(isinstance(module, MoE) for module in engine.module.modules()),
         "DeepSpeed MoE layers with zero_optimization.stage=3",
-        "its partitions of experts are not told apart: use stage 1 or 2",
+        "nor does DeepSpeed: use stage 1 or 2, or AutoEP (expert_parallel)",
     )
     yield (
         engine.zero_elastic_checkpoint() and engine.zero_optimization_stage() > 0,
