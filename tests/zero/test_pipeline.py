@@ -30,6 +30,8 @@ ONLY_0_AND_1 = impossible("ZeRO-2 and ZeRO-3 are incompatible with pipeline para
 CELLS: dict[str, dict[int, Cell]] = {"`PipelineModule`": {0: served(), 1: served(), 2: ONLY_0_AND_1, 3: ONLY_0_AND_1}}
 STEPS, SAVED_AFTER, MICRO, LAYERS = 6, 3, 2, 5
 SHAPES = {"weight": (5, 7), "bias": (3,)}
+TIED_WEIGHT = (13, 7)
+"""Larger, so that each stage cuts it elsewhere between its data-parallel ranks."""
 now = 0
 """The step that is taken: what layers give depends on it."""
 
@@ -37,7 +39,8 @@ now = 0
 def values(layer: str, name: str, step: int) -> Tensor:
     """A parameter of a layer at step -1, its gradient after; exact in bf16."""
     generator = torch.Generator().manual_seed(sum(map(ord, layer + name)) * 100 + step + 1)
-    return torch.randn(SHAPES[name], generator=generator).bfloat16().float()
+    shape = TIED_WEIGHT if (layer[:4], name) == ("ends", "weight") else SHAPES[name]
+    return torch.randn(shape, generator=generator).bfloat16().float()
 
 
 class Layer(nn.Module):
@@ -49,13 +52,14 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(values(key, "weight", -1))
         self.bias = nn.Parameter(values(key, "bias", -1))
 
-    def forward(self, x: Tensor, use: str = "") -> Tensor:
-        given = {name: values(self.key + use, name, now) for name in SHAPES}
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        given = {name: factor * values(self.key, name, now) for name in SHAPES}
         return x + (self.weight.float() * given["weight"]).sum() + (self.bias.float() * given["bias"]).sum()
 
 
 def again(layer: Layer, x: Tensor) -> Tensor:
-    return layer(x, "again")
+    """The tied layer's second use: its gradient is of the other sign, and the sum is exact in bf16."""
+    return layer(x, -0.5)
 
 
 def pipelined() -> PipelineModule:
@@ -108,9 +112,7 @@ def alone(**options: Any) -> dict[str, Any]:
     for step in range(STEPS):
         for key, param in named.items():
             layer, _, name = key.removeprefix("tied_modules.").rpartition(".")
-            param.grad = values(layer, name, step)
-            if layer == "ends":
-                param.grad += values("endsagain", name, step)
+            param.grad = values(layer, name, step) * (0.5 if layer == "ends" else 1.0)
         optimizer.step()
         seen.append(engine.observe(optimizer))
     return {"seen": seen, "params": {name: param.detach() for name, param in named.items()}}
