@@ -301,14 +301,15 @@ def build_layout(
     flat = [shard for _, shard in pairs]
     hash_of = {key: _hash(key) for key in {*names, *(s.key for s in flat)}}
     hashed = [(hash_of[s.key], _hash((s.key, s.place)), s.numel) for s in flat]
-    agreed = _agree(hashed, group, device)
+    agreed = _agree([row for row, s in zip(hashed, flat, strict=True) if s.counted], group, device)
     held_of = {key: agreed.numels[hash] for key, hash in hash_of.items()}
     problem = _prove_coverage(flat, held_of, 1 if group is None else dist.get_world_size(group))
     stop_together(problem, group, device, "does every element count once?")
     number_of = {-1: -1, **{name: number for number, name in enumerate(sorted(agreed.sets))}}
     held_shards = tuple(
-        HeldShard(s.key, s.place, s.start, s.numel, s.global_numel, param, hash in agreed.owned,
-                  agreed.replica_ids.get(hash, -1), number_of[agreed.holders.get(hash, -1)], positions=s.positions)
+        HeldShard(s.key, s.place, s.start, s.numel, s.global_numel, param, s.counted and hash in agreed.owned,
+                  agreed.replica_ids.get(hash, -1), number_of[agreed.holders.get(hash, -1)], positions=s.positions,
+                  counted=s.counted)
         for (param, s), (_, hash, _) in zip(pairs, hashed, strict=True)
     )  # fmt: skip
     row_of = {key: row for row, key in enumerate(sorted(agreed.numels))} if scope == "layer" else {}

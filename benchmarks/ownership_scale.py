@@ -14,7 +14,7 @@ import ctypes
 import datetime
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ class AtRank:
     buffer_bytes: int
     seconds: float
     elements: int
-    owns: bool
+    owns: set[bool]
 
 
 @dataclass
@@ -78,13 +78,72 @@ class Result:
     ranks: list[AtRank]
 
 
+@dataclass
+class World:
+    """What all ranks would put into the exchange: (world, parameters of a rank, 3), the ranks of a stage together."""
+
+    table: Tensor
+    stages: int = 1
+
+    def heights(self, count: int) -> Tensor:
+        """Rows of each of ``count`` slices, on the rank that has most."""
+        first = self.table[:: len(self.table) // self.stages, :, 0]
+        return torch.stack([keys.remainder(count).bincount(minlength=count) for keys in first]).amax(0)
+
+    def slice_of(self, i: int, count: int, out: Tensor) -> None:
+        """Write slice ``i`` of all ranks into ``out``, (world, height, 3)."""
+        out.fill_(-1)
+        for part, into in zip(self.table.chunk(self.stages), out.chunk(self.stages), strict=True):
+            rows = (part[0, :, 0].remainder(count) == i).nonzero().squeeze(1)
+            into[:, : len(rows)] = part[:, rows]
+
+
 def simulate(copies: int, shards: int, ranks: Sequence[int], scope: str = "global") -> Result:
     """HSDP of ``copies`` x ``shards`` ranks (one copy: FSDP), seen from some of them."""
     placements: tuple[Placement, ...] = (Split(0),) if copies == 1 else (Replicate(), Split(0))
     sizes = (shards,) if copies == 1 else (copies, shards)
-    table = _tables_of_all(sizes, placements)
+    world = World(_tables_of_all(sizes, placements))
     elements = sum(torch.Size(shape).numel() for shape in shapes().values())
-    return Result(elements, [_at(rank, sizes, placements, table, scope) for rank in ranks])
+
+    def params() -> dict[str, DTensor]:
+        mesh = init_device_mesh("cpu", sizes)
+        return {name: _parameter(shape, mesh, placements) for name, shape in shapes().items()}
+
+    return Result(elements, [_at(rank, params, world, scope) for rank in ranks])
+
+
+def simulate_stages(
+    stages: int, shards: int, tensor: int, parameters: int, ranks: Sequence[int], scope: str = "global"
+) -> Result:
+    """Pipeline stages of FSDP x tensor parallelism, ``parameters`` in all, seen from some ranks.
+
+    Of a matrix a rank has a block, of a norm what FSDP gives it, as the tensor-parallel ranks beside it have.
+    """
+    sizes, of_stage = (shards, tensor), parameters // stages
+    kinds = list(shapes().values())[1:10]
+    named = [{f"stage{stage}.{i}.weight": kinds[i % len(kinds)] for i in range(of_stage)} for stage in range(stages)]
+    table = torch.empty((stages, shards, tensor, of_stage, 3), dtype=torch.int64)
+    for stage, held in enumerate(named):
+        for i, (name, shape) in enumerate(held.items()):
+            places = [
+                [_hash((name, dtensor.place(_placements(shape), (s, t)))) for t in range(tensor)] for s in range(shards)
+            ]
+            table[stage, :, :, i, 0], table[stage, :, :, i, 1] = _hash(name), torch.tensor(places)
+            table[stage, :, :, i, 2] = torch.Size(shape).numel() // (shards * (tensor if len(shape) > 1 else 1))
+    world = World(table.view(stages * shards * tensor, of_stage, 3), stages)
+    elements = sum(torch.Size(shape).numel() for held in named for shape in held.values())
+
+    def params() -> dict[str, DTensor]:
+        stage, first = divmod(dist.get_rank(), shards * tensor)
+        of_mine = torch.arange(shards * tensor).view(sizes) + dist.get_rank() - first
+        mesh = DeviceMesh("cpu", of_mine)
+        return {name: _parameter(shape, mesh, _placements(shape)) for name, shape in named[stage].items()}
+
+    return Result(elements, [_at(rank, params, world, scope) for rank in ranks])
+
+
+def _placements(shape: tuple[int, ...]) -> tuple[Placement, ...]:
+    return Split(0), Split(1) if len(shape) > 1 else Replicate()
 
 
 @functools.cache
@@ -101,26 +160,30 @@ def _tables_of_all(sizes: tuple[int, ...], placements: tuple[Placement, ...]) ->
     return by_shard.repeat(torch.Size(sizes[:-1]).numel(), 1, 1)
 
 
-def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], table: Tensor, scope: str) -> AtRank:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=len(table))
+def _at(rank: int, params_of: Callable[[], dict[str, DTensor]], world: World, scope: str) -> AtRank:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=len(world.table))
     try:
-        params = _parameters(init_device_mesh("cpu", sizes), placements)
+        params = params_of()
         held = [dtensor.shards(param, name) for name, param in params.items()]
         group = dist.group.WORLD
         assert group is not None
-        received = 0
+        received, count = 0, 0
         reduce = dist.all_reduce
+        slices: Iterator[int] = iter(())
 
         def reduced(tensor: Tensor, **options: Any) -> Any:
-            nonlocal received
+            nonlocal received, count, slices
             received += tensor.nbytes
+            if count == 0 and tensor.ndim == 1:  # the heights of the slices
+                count = len(tensor)
+                tensor.copy_(world.heights(count))
+                slices = iter(tensor.nonzero().squeeze(1).tolist())
             return reduce(tensor, **options)
 
         def gather(output: Tensor, given: Tensor, group: object) -> None:
             nonlocal received
             received += output.nbytes
-            rows = torch.isin(table[0, :, 0], given[:, 0])  # the keys of this slice, the same on every rank
-            torch.index_select(table, 1, rows.nonzero().squeeze(1), out=output.view(len(table), -1, 3))
+            world.slice_of(next(slices), count, output.view(len(world.table), -1, 3))
 
         options = FamilyOptions(scope=scope)
         statistics = Statistics(options)
@@ -138,21 +201,17 @@ def _at(rank: int, sizes: tuple[int, ...], placements: tuple[Placement, ...], ta
             seconds = time.process_time() - start
         statistics.open(layout)
         owned = {segment.owned for segments in layout.segments.values() for segment in segments}
-        assert len(owned) == 1, "of a model in one mesh a rank owns all it holds, or nothing"
-        return AtRank(rank, received, peak[0], statistics._buffer.nbytes, seconds, layout.numel, owned.pop())
+        return AtRank(rank, received, peak[0], statistics._buffer.nbytes, seconds, layout.numel, owned)
     finally:
         dist.destroy_process_group()
 
 
-def _parameters(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> dict[str, DTensor]:
-    params = {}
-    for name, shape in shapes().items():
-        local, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
-        part = torch.empty(local, device="meta")
-        params[name] = DTensor.from_local(
-            part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=part.stride() or (1,)
-        )
-    return params
+def _parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
+    local, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+    part = torch.empty(local, device="meta")
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=part.stride() or (1,)
+    )
 
 
 @contextlib.contextmanager
@@ -178,27 +237,36 @@ def main() -> None:
         ("FSDP 8", 1, 8), ("FSDP 4096", 1, 4096), ("HSDP 512 x 8", 512, 8), ("HSDP 2 x 2048", 2, 2048)
     ):  # fmt: skip
         for scope in ("global", "layer"):
-            world = copies * shards
-            for at in simulate(copies, shards, (0, world - 1), scope).ranks:
-                rows.append(
-                    f"| {name} | {scope} | {at.rank} | {at.handshake_bytes / 1e6:.1f} | {at.peak_bytes / 1e6:.1f} | "
-                    f"{at.seconds:.2f} | {at.buffer_bytes} | {'yes' if at.owns else 'no'} |"
-                )
-                print(rows[-1], flush=True)
+            ranks = (0, copies * shards - 1)
+            rows += [_row(name, PARAMETERS, scope, at) for at in simulate(copies, shards, ranks, scope).ranks]
+    for scope in ("global", "layer"):
+        result = simulate_stages(8, 64, 8, 10_000, (0, 4095), scope)
+        rows += [_row("PP 8 x TP 8 x FSDP 64", 10_000, scope, at) for at in result.ranks]
     today = datetime.date.today().isoformat()
     text = [
         "# Agreeing on ownership at scale",
         "",
         f"{today}, {MACHINE}, torch {torch.__version__}; `benchmarks/ownership_scale.py`, one thread. "
-        f"{PARAMETERS} parameters of a Llama of 7B, one rank of a simulated world: neither the wire nor the one read "
+        "Parameters of the shapes of a Llama of 7B, one rank of a simulated world: neither the wire nor the one read "
         "of what several ranks hold is in the time, which is the process's own. Once per layout, not per step.",
         "",
-        "| world | scope | rank | handshake received, MB | peak memory, MB | CPU, s | buffer, bytes | owns |",
-        "|---|---|---|---|---|---|---|---|",
+        "| world | parameters | scope | rank | handshake received, MB | peak memory, MB | CPU, s | buffer, bytes "
+        "| owns |",
+        "|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",
     ]
     (RESULTS / f"{today}-ownership-scale.md").write_text("\n".join(text))
+
+
+def _row(name: str, parameters: int, scope: str, at: AtRank) -> str:
+    owns = "some" if len(at.owns) > 1 else "all" if True in at.owns else "nothing"
+    row = (
+        f"| {name} | {parameters} | {scope} | {at.rank} | {at.handshake_bytes / 1e6:.1f} | {at.peak_bytes / 1e6:.1f} | "
+        f"{at.seconds:.2f} | {at.buffer_bytes} | {owns} |"
+    )
+    print(row, flush=True)
+    return row
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ LACKS = {
     "Moving buffers across devices is supported only for ZeRO stage 3": "with DeepSpeed 0.15 moves no states of ZeRO-2",
     "Offloading is supported only for DeepSpeed FusedAdam": "with DeepSpeed 0.15 moves no parameters alone",
     "at stage 0: DeepSpeed has made its partitions": "with DeepSpeed 0.15 has the wrapper of stage 1 at 0",
+    "cannot import name 'ShardPlacementResult'": "shards all of a module over one mesh",
     "'BF16_Optimizer' object has no attribute 'fp16_groups'": "with DeepSpeed 0.15 has the wrapper of stage 1 at 0",
     "attempting to reduce an unsupported grad type: torch.float16": "with DeepSpeed 0.15 reduces no fp16 on a CPU at 0",
 }

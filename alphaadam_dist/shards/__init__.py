@@ -38,6 +38,7 @@ class Shard:
         numel: number of elements.
         global_numel: number of elements of the whole model parameter, None where no rank knows it.
         positions: of the elements in the flattened model parameter, None where no rank knows them.
+        counted: it takes part in the agreement on who counts what. Of copies that are cut in several ways one does.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Shard:
     numel: int
     global_numel: int | None
     positions: Positions | None = field(default=None, kw_only=True)
+    counted: bool = field(default=True, kw_only=True)
 
     @property
     def replicated(self) -> bool:

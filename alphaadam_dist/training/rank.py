@@ -57,12 +57,16 @@ def leave(code: int = 0) -> None:
     """End this rank with an exit code, without the interpreter's own shutdown, if it is in a process group.
 
     In that shutdown, threads of torch and DeepSpeed that still run sometimes abort a process that has finished, and
-    its launcher then reports a failed run.
+    its launcher then reports a failed run. Where mpi4py told DeepSpeed who the ranks are, MPI is ended too: mpirun
+    reports a rank that left without that as failed.
     """
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+        mpi = sys.modules.get("mpi4py.MPI")
+        if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+            mpi.Finalize()
         end(code)
 
 

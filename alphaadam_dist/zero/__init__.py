@@ -1,6 +1,6 @@
 """DeepSpeed: everything that touches it is in this folder.
 
-``registration`` waits for DeepSpeed to be imported, ``internals`` is the one place that knows its private names,
+``registration`` waits for DeepSpeed to be imported, ``internals`` and ``parallel`` alone know its private names,
 ``refusals`` says what is not served, ``attach`` makes ``deepspeed.initialize`` count the whole model.
 """
 

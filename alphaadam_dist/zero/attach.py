@@ -12,7 +12,7 @@ from ..optimizer import AlphaOptimizer
 from ..persistence import Driver
 from ..shards import Shard
 from ..step import Step
-from . import internals, monitor, refusals, universal, versions
+from . import internals, monitor, parallel, refusals, universal, versions
 from .rank_files import RankFiles, optimizer_states
 from .registration import register
 from .unused import Unused, check_missed, watch_zero_filled
@@ -34,7 +34,7 @@ def prepare(engine: Any, optimizer: AlphaOptimizer, *, supported: bool) -> None:
 
 
 def attach(engine: Any, optimizer: AlphaOptimizer) -> None:
-    """Make the engine's steps count the whole model. Collective over its data-parallel group.
+    """Make the engine's steps count the whole model. Collective over the ranks that hold it.
 
     Raises:
         RuntimeError: DeepSpeed's objects lack a name of internals.py.
@@ -58,17 +58,18 @@ def _use_layout(
     engine: Any, optimizer: AlphaOptimizer, wrapper: internals.Wrapper
 ) -> tuple[Layout, list[list[Shard]], dict[Tensor, str]]:
     """Give the optimizer its layout: that, what each flat holds, and the parameters' names. Collective as attach is."""
-    flats, names = wrapper.flats(), internals.keys(engine)
-    shards = wrapper.shards(names)
+    flats, names = wrapper.flats(), parallel.keys(engine)
+    shards = parallel.in_the_model(engine, wrapper.shards(names))
+    group = parallel.group(engine) or wrapper.group
     layout = build_layout(
         flats,
         shards,
         wrapper.numels(),
         scope=optimizer._run.options.scope,
-        group=wrapper.group,
-        device=statistics_device(flats, wrapper.group),
+        group=group,
+        device=statistics_device(flats, group),
         merge=optimizer._run.options.state_dtype is None,
-        names=internals.keys_of_all_ranks(engine),
+        names=parallel.keys_of_all_ranks(engine),
     )
     consensus.settle(layout, optimizer._run.options, engine.seq_data_parallel_group)
     replicas.prove(layout, optimizer)

@@ -24,11 +24,10 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import groups
 from torch import Tensor
 
 from ..rounding import consecutive
-from ..shards import Shard, clean_names
+from ..shards import Shard
 from . import older, versions
 
 STAGE3_BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -61,6 +60,7 @@ CLASS_NAMES = {
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.pipe.module": ("PipelineModule",),
     "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_world_size", "bwc_pipeline_parallel_world_size"),
+    "deepspeed.runtime.utils": ("is_model_parallel_parameter",),
     "deepspeed.utils.groups": ("_get_expert_parallel_group",),
 }  # fmt: skip
 
@@ -134,45 +134,12 @@ def check_instance(obj: Any) -> None:
                 raise versions.unserved(missing)
 
 
-def named_parameters(engine: Any) -> list[tuple[str, Tensor]]:
-    """The parameters of the engine's module by their names in the bare model."""
-    named = list(engine.module.named_parameters())
-    clean = clean_names(name for name, _ in named)
-    return [(clean[name], param) for name, param in named]
-
-
-def keys(engine: Any) -> dict[Tensor, str]:
-    """The name of every parameter, made different for experts that share a local name across ranks."""
-    return {param: _key(name, _expert_rank(param)) for name, param in named_parameters(engine)}
-
-
-def keys_of_all_ranks(engine: Any) -> Iterator[str]:
-    """``keys`` of this rank and of the others: experts of equal local names live on every expert-parallel rank."""
-    for name, param in named_parameters(engine):
-        rank = _expert_rank(param)
-        world = 1 if rank is None else dist.get_world_size(_expert_group(param))
-        for other in range(world):
-            yield _key(name, None if rank is None else other)
-
-
-def _key(name: str, expert_rank: int | None) -> str:
-    return name if expert_rank is None else f"{name}[expert rank {expert_rank}]"
-
-
-def _expert_group(param: Any) -> dist.ProcessGroup:
-    return groups._get_expert_parallel_group(param.group_name)
-
-
-def _expert_rank(param: Any) -> int | None:
-    return None if getattr(param, "allreduce", True) else dist.get_rank(_expert_group(param))
-
-
 class Wrapper(ABC):
     """A DeepSpeed optimizer as attach.py sees it.
 
     Attributes:
         zero: DeepSpeed's object, or the optimizer itself where DeepSpeed wraps nothing around it.
-        group: the process group over which the whole model is held; None where every rank holds it.
+        group: the process group over which ZeRO divides the model; None where every rank of it holds all.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -433,13 +400,12 @@ class Stage3(InParts):
         return [sum(param.partition_numel() for param in params) for params in self.zero.fp16_groups]
 
     def shards(self, names: dict[Tensor, str]) -> list[list[Shard]]:
-        rank = dist.get_rank(self.zero.dp_process_group)
         by_flat = []
         for params in self.zero.fp16_groups:
             held, offset = [], 0
             for param in params:
                 padded = param.partition_numel()
-                start = rank * padded
+                start = dist.get_rank(param.ds_process_group) * padded  # AutoEP's experts have a group of their own
                 numel = max(0, min(padded, param.ds_numel - start))
                 if numel:
                     at = consecutive(start, numel)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ..optimizer import AlphaOptimizer
-from . import older, versions
+from . import older, parallel, versions
 
 Refusal = tuple[bool, str, str]
 """Whether it is there, what it is, and what to do."""
@@ -19,7 +21,7 @@ Refusal = tuple[bool, str, str]
 def refuse(engine: Any, optimizer: AlphaOptimizer) -> None:
     """Raise ValueError for the first feature of this engine under which the result would not be exact."""
     for present, what, fix in chain(
-        _of_the_optimizer(optimizer), _of_the_groups(engine, optimizer), _of_the_parallelism(engine),
+        _of_the_optimizer(optimizer), _of_the_groups(engine, optimizer), _of_the_parallelism(engine, optimizer),
         _of_the_precision(engine, optimizer), _of_the_offload(engine, optimizer),
     ):  # fmt: skip
         if present:
@@ -63,18 +65,31 @@ def _of_the_groups(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
         )
 
 
-def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
-    mpu = engine.mpu
+def _of_the_parallelism(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
+    mpu, stage = engine.mpu, engine.zero_optimization_stage()
+    piped, by_tensor = isinstance(engine.module, PipelineModule), parallel.by_tensor(engine)
     yield (
-        isinstance(engine.module, PipelineModule) or (mpu is not None and bwc_pipeline_parallel_world_size(mpu) > 1),
-        "pipeline parallelism (a PipelineModule, or an mpu with more than one stage)",
-        "each stage would get an alpha of its own: use ZeRO-3, or FSDP2, to fit the model",
+        not piped and mpu is not None and bwc_pipeline_parallel_world_size(mpu) > 1,
+        "the pipeline parallelism of a client's mpu",
+        "its stages may name different parameters alike, and DeepSpeed does not say which: use DeepSpeed's "
+        "PipelineModule, ZeRO-3 or FSDP2",
     )
     yield (
-        older.asked(engine, "autotp_size", 1) > 1
-        or (mpu is not None and bwc_tensor_model_parallel_world_size(mpu) > 1),
-        f"tensor parallelism (tensor_parallel.autotp_size={older.asked(engine, 'autotp_size', 1)!r}, or an mpu)",
-        "each tensor-parallel rank would get an alpha of its own: set autotp_size to 1 and use ZeRO-3",
+        not by_tensor and mpu is not None and _tensor_parallel_size(mpu) > 1,
+        "the tensor parallelism of a client's mpu",
+        "which parameters it splits DeepSpeed does not know: use DeepSpeed's tensor_parallel.autotp_size, or ZeRO-3",
+    )
+    yield (
+        by_tensor and optimizer.defaults["state_dtype"] is not None,
+        f"state_dtype={optimizer.defaults['state_dtype']!r} with tensor_parallel.autotp_size="
+        f"{older.asked(engine, 'autotp_size', 1)!r}",
+        "its random bits depend on where an element stands in the whole parameter: leave state_dtype out",
+    )
+    yield (
+        getattr(groups, "mesh_device", None) is not None and getattr(engine, "sequence_parallel_size", 1) > 1,
+        f"deepspeed.initialize(mesh_param=...) with {engine.sequence_parallel_size} sequence-parallel ranks",
+        "DeepSpeed adds up the gradients of its data-parallel dimension only, and the others drift apart: give "
+        "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp after its initialize_sequence_parallel(size)",
     )
     yield (
         bool(getattr(getattr(engine._config, "compile_config", None), "deepcompile", False)),
@@ -82,15 +97,15 @@ def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
         "DeepCompile steps past the hooks that count: set it to false",
     )
     yield (
-        engine.has_moe_layers and engine.zero_optimization_stage() == 3,
+        stage == 3 and any(isinstance(module, MoE) for module in engine.module.modules()),
         "DeepSpeed MoE layers with zero_optimization.stage=3",
-        "its partitions of experts are not told apart: use stage 1 or 2",
+        "nor does DeepSpeed: use stage 1 or 2, or AutoEP (expert_parallel)",
     )
     yield (
         engine.zero_elastic_checkpoint() and engine.zero_optimization_stage() > 0,
         "zero_optimization.elastic_checkpoint=true",
-        "DeepSpeed could load none of the checkpoints that it saves so: set it to false, and change the number of "
-        "ranks through a universal checkpoint",
+        "at stages 1 and 2 DeepSpeed saves no step and asks for one when it loads, and at stage 3 it supports this no "
+        "longer: set it to false, and change the number of ranks through a universal checkpoint",
     )
     yield (
         engine.load_universal_checkpoint()
@@ -102,11 +117,23 @@ def _of_the_parallelism(engine: Any) -> Iterator[Refusal]:
     )
 
 
+def _tensor_parallel_size(mpu: Any) -> int:
+    """DeepSpeed's mpu of Ulysses calls its sequence-parallel ranks model-parallel too, where nothing is split."""
+    alias = getattr(mpu, "get_sequence_parallel_world_size", None)
+    if alias is not None and getattr(mpu, "get_model_parallel_world_size", None) is alias:
+        return 1
+    return bwc_tensor_model_parallel_world_size(mpu)
+
+
 def _of_the_precision(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
+    stage = engine.zero_optimization_stage()
     yield (
-        older.asked(engine, "torch_autocast_enabled", False) and engine.torch_autocast_dtype() == torch.float16,
-        "torch_autocast with dtype float16",
-        "its GradScaler may skip one parameter group of a step: use dtype bfloat16, or the fp16 section",
+        stage > 0
+        and older.asked(engine, "torch_autocast_enabled", False)
+        and engine.torch_autocast_dtype() == torch.float16,
+        f"torch_autocast with dtype float16 at stage {stage}",
+        "DeepSpeed clips gradients before its GradScaler has unscaled them, and lowers the scale at no overflow: use "
+        "dtype bfloat16, the fp16 section, or stage 0",
     )
     yield (
         engine.fp16_master_weights_and_gradients(),
@@ -154,7 +181,8 @@ def _of_the_offload(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]
     yield (
         engine.zero_partial_offload() < 1.0,
         f"zero_optimization.offload_optimizer.ratio={engine.zero_partial_offload()!r}",
-        "the part kept on the GPU is stepped by another optimizer: set ratio to 1.0",
+        "DeepSpeed steps the part that stays on the GPU with an AdamW of its own, and for the rest it takes only its "
+        "DeepSpeedCPUAdam: set ratio to 1.0",
     )
     yield (
         offload is not None and offload.device == "nvme" and optimizer.defaults["sync"] == "exact",

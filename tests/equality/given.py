@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from alphaadam_dist import AlphaAdam, parameter_groups
 from alphaadam_dist.optimizer import AlphaOptimizer
@@ -88,14 +89,44 @@ def tensor_parallel(model: nn.Module, whole: DeviceMesh, data: DeviceMesh | None
     return model if data is None else fsdp2(model, data)
 
 
+def ddp(model: nn.Module, **options: Any) -> nn.Module:
+    """DDP that keeps its gradients in its buckets and sends them in bf16."""
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+    # by the name of torch's own DDP knows that it is to run on GPUs only
+    wrapped.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
+    return wrapped
+
+
+def experts(model: nn.Module, placement: Shard) -> nn.Module:
+    """Expert parallelism over pairs of ranks, as torchtitan and Transformers build it: the matrices are the experts.
+
+    They are split by expert, and each part, by ``placement`` where that is even, over the ranks that have the same
+    experts; the rest over all ranks.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+
+    sparse = mesh(efsdp=2, ep=2)
+    for name in ("embedding", "weight"):
+        setattr(model, name, nn.Parameter(distributed(getattr(model, name).detach(), sparse["ep"], [Shard(0)])))
+    model.tied = model.embedding
+    over = {True: FSDPMeshInfo(sparse["efsdp"], 0), False: FSDPMeshInfo(mesh(fsdp=4), 0)}
+
+    def place(param: nn.Parameter) -> ShardPlacementResult:
+        even = isinstance(param, DTensor) and param.shape[-1] % 2 == 0
+        return ShardPlacementResult(placement if even else Shard(0), over[isinstance(param, DTensor)])
+
+    return fsdp2(model, over[False].mesh, shard_placement_fn=place)
+
+
 def fsdp1(model: nn.Module, **options: Any) -> nn.Module:
     frozen = [p for p in model.parameters() if not p.requires_grad]  # a FlatParameter takes no mixture
     return FullyShardedDataParallel(model, device_id=CPU, ignored_states=frozen, **options)
 
 
-def pipeline(model: nn.Module) -> nn.Module:
-    """Each rank keeps one parameter or two and names them as the whole model does."""
-    keep = [("embedding", "tied"), ("weight",), ("norm", "one"), ("bias", "frozen")][dist.get_rank()]
+def pipeline(model: nn.Module, ranks: int = 4) -> nn.Module:
+    """Each rank keeps its parts of four, one or two, and names their parameters as the whole model does."""
+    parts = [("embedding", "tied"), ("weight",), ("norm", "one"), ("bias", "frozen")]
+    keep = [name for part in parts[dist.get_rank() :: ranks] for name in part]
     for name in list(dict(model.named_parameters(remove_duplicate=False))):
         if name not in keep:
             delattr(model, name)
@@ -149,7 +180,18 @@ REGIMES: dict[str, Sharding] = {
     "pipeline": (4, pipeline, world_group),
     "by-hand": (4, named_by_hand, lambda: {"sharding": "sharded"}),
 }  # fmt: skip
-REPLICATED = ("plain", "ddp", "fsdp1-not-sharded")
+FURTHER: dict[str, Sharding] = {
+    "ddp, bf16 hook": (2, ddp, none),
+    "ddp, static graph": (2, lambda m: ddp(m, static_graph=True), none),
+    "fsdp2, ignored": (4, lambda m: fsdp2(m, mesh(dp=4), ignored_params={m.weight, m.bias}), none),
+    "fsdp2, context": (4, lambda m: fsdp2(m, mesh(dp=2, cp=2)["dp", "cp"]._flatten("dp_cp")), none),
+    "fsdp2, experts": (4, lambda m: experts(m, Shard(0)), none),
+    "fsdp2, experts by columns": (4, lambda m: experts(m, Shard(1)), none),
+    "pipeline, two parts a rank": (2, lambda m: pipeline(m, 2), world_group),
+}
+"""What is built from the same: fewer settings tell."""
+
+REPLICATED = ("plain", "ddp", *(name for name in FURTHER if name.startswith("ddp")), "fsdp1-not-sharded")
 
 
 def give(model: nn.Module, gradients: dict[str, Tensor | None]) -> None:
@@ -186,7 +228,7 @@ def run(
     ``dtype`` is the parameters', ``groups`` are entries for parameter_groups. Moments are told of where they are kept
     by parameter.
     """
-    _, shard, extra = REGIMES[regime]
+    _, shard, extra = (REGIMES | FURTHER)[regime]
     model = shard(Given().to(dtype))
     params: Any = model.named_parameters() if groups is None else parameter_groups(model, groups, kind)
     optimizer = kind(params, **{"lr": LR, "weight_decay": 0.1, **options, **extra()})

@@ -17,6 +17,7 @@ from . import given, pieces
 
 DTENSORS = ("plain", "fsdp2", "hsdp", "tp", "tp2-fsdp2", "hsdp-tp", "pipeline", "by-hand")
 BACKWARD = ("fsdp1-original", "fsdp1-flat")
+CLIPPED = (*DTENSORS[1:], *BACKWARD, "ddp", "fsdp1-flat-hybrid")
 OPTIONS: dict[str, dict[str, Any]] = {"exact": {}, "delayed": {"sync": "delayed"}, "layer": {"scope": "layer"}}
 
 
@@ -130,7 +131,7 @@ def clipped(regime: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.1}, {"scope": "layer"}], ids=["exact", "threshold", "layer"])
-@pytest.mark.parametrize("regime", slow_but([*DTENSORS[1:], *BACKWARD, "ddp", "fsdp1-flat-hybrid"], "ddp"))
+@pytest.mark.parametrize("regime", slow_but(CLIPPED, "ddp"))
 def test_clip_norm_is_one_processs_on_any_mixture(regime: str, options: dict[str, Any]) -> None:
     """Norms are summed in another order, so the last bit of a parameter may differ."""
     ranks, alone = of_ranks(regime, clipped, options)

@@ -59,6 +59,15 @@ def test_given_gradients(regime: str, setting: str) -> None:
         assert result["collectives"][1:] == [expected] * 9, "more than one collective a step"
 
 
+@pytest.mark.parametrize("setting", ["exact-0.0", "delayed-0.1", "layer-0.0", "fast"])
+@pytest.mark.parametrize("regime", given.FURTHER)
+def test_further_shardings(regime: str, setting: str) -> None:
+    ranks = threads.run(given.FURTHER[regime][0], given.run, regime, given.SETTINGS[setting])
+    assert_equal(ranks, setting)
+    expected = [] if regime in given.REPLICATED else ["AllReduce"]
+    assert [rank["collectives"][1:] for rank in ranks] == [[expected] * 9] * len(ranks)
+
+
 @pytest.mark.parametrize("setting", given.AHEAD)
 @pytest.mark.parametrize("regime", slow_but(given.REGIMES, *FAST))
 def test_looking_ahead(regime: str, setting: str) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from alphaadam_dist import AlphaAdam
 from alphaadam_dist.verify.model import Llama, next_token_loss, token_batches
@@ -84,27 +84,37 @@ def stages(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def train_pipeline(count: int, options: dict[str, Any], steps: int = 20) -> dict[str, Any]:
-    """``count`` stages; with two, each sharded by FSDP2 over two ranks, with four each a plain module."""
-    mesh = init_device_mesh("cpu", (count, 4 // count), mesh_dim_names=("pp", "dp"))
-    index = mesh.get_local_rank("pp")
-    module: nn.Module = Stage(Llama(), **stages(count)[index])
-    if count == 2:
-        fully_shard(module, mesh=mesh["dp"])
-    optimizer = AlphaAdam(module.named_parameters(), lr=llamas.LR, process_group=dist.group.WORLD, **options)
-    stage = PipelineStage(module, index, count, torch.device("cpu"), group=mesh.get_group("pp"))
-    schedule = ScheduleGPipe(stage, 2, loss_fn=next_token_loss)
+def train_pipeline(parts: int, depth: int, options: dict[str, Any], steps: int = 20) -> dict[str, Any]:
+    """``parts`` of a model over ``depth`` ranks; with two ranks, each part sharded by FSDP2 over two more."""
+    mesh = init_device_mesh("cpu", (depth, 4 // depth), mesh_dim_names=("pp", "dp"))
+    first = mesh.get_local_rank("pp")
+    modules = nn.ModuleList([Stage(Llama(), **stages(parts)[i]) for i in range(first, parts, depth)])
+    if depth == 2:
+        for module in modules:
+            fully_shard(module, mesh=mesh["dp"])
+    named = [pair for module in modules for pair in module.named_parameters()]
+    optimizer = AlphaAdam(named, lr=llamas.LR, process_group=dist.group.WORLD, **options)
+    held = [
+        PipelineStage(module, first + i * depth, parts, torch.device("cpu"), group=mesh.get_group("pp"))
+        for i, module in enumerate(modules)
+    ]
+    schedule = (
+        ScheduleGPipe(held[0], 2, loss_fn=next_token_loss)
+        if len(held) == 1
+        else ScheduleInterleaved1F1B(held, 2, loss_fn=next_token_loss)
+    )
     seen, sizes = [], []
     for batch in token_batches(steps, 8):
         mine = llamas.share(batch, mesh["dp"])
-        given = {"target": mine} if index == count - 1 else {}
-        schedule.step(*((mine,) if index == 0 else ()), **given)
+        given = {"target": mine} if first == depth - 1 else {}
+        schedule.step(*((mine,) if first == 0 else ()), **given)
         with Collectives() as counted:
             optimizer.step()
         optimizer.zero_grad()
         seen.append((optimizer.alpha, optimizer.agreement))
         sizes.append(counted.sizes)
-    return {"seen": seen, "sizes": sizes, "params": pieces.of_model(module, SHAPES)}
+    params = {name: held for module in modules for name, held in pieces.of_model(module, SHAPES).items()}
+    return {"seen": seen, "sizes": sizes, "params": params}
 
 
 def train_alone(options: dict[str, Any], steps: int = 20) -> dict[str, Any]:
@@ -117,10 +127,17 @@ def train_alone(options: dict[str, Any], steps: int = 20) -> dict[str, Any]:
     return {"alpha": optimizer.alpha, "params": pieces.of_model(model, SHAPES)}
 
 
-@pytest.mark.parametrize(("count", "setting"), nightly_but(product([2, 4], CHOSEN), every=4))
-def test_pipeline_stages_are_one_model(ranks4: Ranks, count: int, setting: str) -> None:
+PIPELINES = ((2, 2), (4, 4), (4, 2))
+"""Parts of the model, ranks of the pipeline."""
+
+
+@pytest.mark.parametrize(
+    ("parts", "depth", "setting"),
+    nightly_but([(*shape, setting) for shape, setting in product(PIPELINES, CHOSEN)], every=3),
+)
+def test_pipeline_stages_are_one_model(ranks4: Ranks, parts: int, depth: int, setting: str) -> None:
     options = SETTINGS[setting]
-    ranks, alone = ranks4.run(train_pipeline, count, options), train_alone(options)
+    ranks, alone = ranks4.run(train_pipeline, parts, depth, options), train_alone(options)
     for rank in ranks:
         assert [counts for _, counts in rank["seen"]] == [counts for _, counts in ranks[0]["seen"]]
         assert [len(step) for step in rank["sizes"][1:]] == [1] * 19

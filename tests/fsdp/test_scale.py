@@ -23,4 +23,14 @@ def test_ownership(one_thread: None, replicas: int, shards: int, scope: str) -> 
         assert at.seconds < 10  # a third of a second on an idle machine
         assert at.buffer_bytes == (16 if scope == "global" else 16 * ownership_scale.PARAMETERS)
         assert at.elements == result.elements
-        assert at.owns == (replicas == 1 or at.rank < shards)
+        assert at.owns == {replicas == 1 or at.rank < shards}
+
+
+@pytest.mark.slow
+def test_ownership_over_stages_and_tensor_parallel_ranks(one_thread: None) -> None:
+    """Of 256 ranks the first of a stage owns all it holds, the others not the norms that it has too."""
+    result = ownership_scale.simulate_stages(4, 16, 4, 400, ranks=(0, 63, 64, 255), scope="layer")
+    for at in result.ranks:
+        assert at.elements == result.elements
+        assert at.buffer_bytes == 16 * 400
+        assert at.owns == ({True} if at.rank % 64 == 0 else {True, False})

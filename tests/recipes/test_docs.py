@@ -97,3 +97,11 @@ def test_the_citation_has_the_version():
 
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+@pytest.mark.slow
+def test_the_table_of_combinations_is_what_the_tests_try():
+    """It imports DeepSpeed. `python -m tests.combinations` writes it anew."""
+    from tests import combinations
+
+    assert combinations.PAGE.read_text() == combinations.page()

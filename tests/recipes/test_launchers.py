@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,23 @@ def test_mpirun(tmp_path: Path) -> None:
     """With DeepSpeed, which would ask mpi4py for the ranks if the script did not name them."""
     variables = {"RANKS": "2", "MPI_ARGS": "--oversubscribe --allow-run-as-root", "MASTER_PORT": free_port()}
     start((["launch/mpirun.sh", SCRIPT, str(tmp_path), "zero"], variables))
+    check(tmp_path, ["0", "1"])
+
+
+def test_mpi4py_tells_the_ranks_who_they_are(tmp_path: Path) -> None:
+    """No script of ours, and no variable of torch's: mpirun alone."""
+    line = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, SCRIPT, str(tmp_path)]
+    start(([*line, "zero", "mpi"], {"MASTER_PORT": free_port()}))
+    check(tmp_path, ["0", "1"])
+
+
+def test_deepspeeds_own_way_through_mpi(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    line = ["deepspeed", "--hostfile", str(hostfile), "--launcher", "openmpi", "--force_multi", "--no_ssh_check",
+            "--master_addr", "127.0.0.1", SCRIPT, str(tmp_path), "zero", "mpi"]  # fmt: skip
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    start((line, {"MASTER_PORT": free_port(), **as_root}))
     check(tmp_path, ["0", "1"])
 
 

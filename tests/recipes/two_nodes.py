@@ -1,6 +1,7 @@
 """What the launchers start in tests: a model sharded over the ranks takes three steps, and says who it was.
 
-Run as `two_nodes.py FOLDER` or, under DeepSpeed, `two_nodes.py FOLDER zero`: each rank writes FOLDER/RANK.json.
+Run as `two_nodes.py FOLDER` or, under DeepSpeed, `two_nodes.py FOLDER zero`: each rank writes FOLDER/RANK.json. With a
+third word, `mpi`, it is mpi4py that says who each rank is.
 """
 
 import json
@@ -55,8 +56,12 @@ def with_zero(model: nn.Module) -> float:
     return steps(engine, engine.backward, engine.step, engine.basic_optimizer)
 
 
-def main(folder: Path, zero: bool) -> None:
+def main(folder: Path, zero: bool, mpi: bool) -> None:
     model = linear()
+    if mpi:
+        assert not any(name in os.environ for name in VARIABLES)
+        port = int(os.environ["MASTER_PORT"])
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=True, distributed_port=port)
     if zero:
         alpha = with_zero(model)
     else:
@@ -69,4 +74,4 @@ def main(folder: Path, zero: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), zero=sys.argv[2:] == ["zero"])
+    main(Path(sys.argv[1]), zero="zero" in sys.argv[2:], mpi="mpi" in sys.argv[2:])

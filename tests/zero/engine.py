@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -57,6 +58,15 @@ def start(model: nn.Module, ds_config: dict[str, Any], options: dict[str, Any], 
         params = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
     engine, *_ = deepspeed.initialize(model=model, config=ds_config, **params)
     return engine
+
+
+def gathered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a module and its children, in its own forward: stage 3 gathers each when it is asked for."""
+    for name, param in list(module.named_parameters()):
+        if hasattr(param, "ds_id"):
+            deepspeed.zero.register_external_parameter(module, param)
+        owner, _, last = name.rpartition(".")
+        yield name, getattr(module.get_submodule(owner), last)
 
 
 def observe(optimizer: Any) -> tuple[Any, Any]:

@@ -12,11 +12,16 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import Tensor, nn
 
 from alphaadam_dist import AlphaAdam
+from tests.cells import Cell, refused, served
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
 
 pytestmark = pytest.mark.slow
 
+SAYS_3 = r"MoE layers with zero_optimization.stage=3: .* use stage 1 or 2"
+CELLS: dict[str, dict[int, Cell]] = {
+    "DeepSpeed's MoE layers": {**{stage: served() for stage in range(3)}, 3: refused(SAYS_3, "")}
+}
 STEPS, LR = 8, 1e-2
 WIDTH = 6
 
@@ -119,5 +124,5 @@ def test_experts_equal_one_process(
 
 
 def test_experts_under_stage_three_are_refused(ranks2: Ranks) -> None:
-    with pytest.raises(RankError, match=r"MoE layers with zero_optimization.stage=3: .* use stage 1 or 2"):
+    with pytest.raises(RankError, match=SAYS_3):
         ranks2.run(run, engine.config(3), {}, True)
