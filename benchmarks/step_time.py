@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import torch
@@ -47,9 +47,10 @@ OURS_COLOR, PEERS_COLOR = "#d1495b", "#30638e"
 RESULTS = Path(__file__).parent / "results"
 
 
-BARS = {
+COUNT, READ = "count alone", "torch.dot of gradient and momentum"  # the second only reads what the first does
+BARS: dict[str, tuple[str, float | None]] = {
     "AlphaAdam delayed": (FUSED, 1.02), "AlphaAdam exact": (FUSED, 1.45), "AlphaAdam clip_norm": (CLIPPED, 0.95),
-    "AlphaAdam bf16, delayed": (FUSED, 0.75),
+    "AlphaAdam bf16, delayed": (FUSED, 0.75), COUNT: (READ, None),
 }  # fmt: skip
 JUDGED = ("32 Mi", "256 Mi")
 MOST_MEMORY = 1.0  # MB at the peak of a step above fused AdamW's
@@ -70,6 +71,7 @@ def contestants(elements: int, device: torch.device) -> tuple[Steps, Steps]:
     """Steps on one and the same parameter, gradient and moments: of the fast, and of those in eager torch."""
     shared = Shared(elements, device)
     param, first, second, step_of = shared.param, shared.first, shared.second, shared.step_of
+    gradient = cast(Tensor, param.grad)
     steps = shared.peers()
     for name, options in OURS.items():
         steps[f"AlphaAdam {name}"] = step_of(AlphaAdam([param], fused=True, **options))
@@ -83,6 +85,9 @@ def contestants(elements: int, device: torch.device) -> tuple[Steps, Steps]:
         "C-AdamW": step_of(baselines.CAdamW([param])),
         "MGUP-AdamW": step_of(baselines.MGUPAdamW([param])),
     }
+    if device.type == "cpu":
+        steps[COUNT] = lambda: torch.ops.alphaadam.count([gradient], [first], 0.0, 1.0, False)
+        steps[READ] = lambda: torch.dot(gradient, first)
     if device.type == "cpu" and (adam := _deepspeed_cpu_adam(param)) is not None:
         adam.state[param].update(step=1, exp_avg=first, exp_avg_sq=second)
         steps[OFFLOAD_PEER] = adam.step
@@ -148,7 +153,7 @@ def _resident(field: str) -> float:
 
 def draw(rows: Sequence[Row], subtitle: str, path: Path) -> None:
     """The step at 32 Mi elements, or the largest that was measured: bars, and numbers alone for slow contestants."""
-    flat = [row for row in rows if row.case.endswith(" Mi")]
+    flat = [row for row in rows if row.case.endswith(" Mi") and row.name not in (COUNT, READ)]
     case = "32 Mi" if any(row.case == "32 Mi" for row in flat) else flat[-1].case
     clipped = next(row.ratio for row in flat if row.case == case and row.name == CLIPPED)
     ratios = {row.name: row.ratio * (clipped if row.against == CLIPPED else 1) for row in flat if row.case == case}

@@ -21,7 +21,11 @@ from tests.older import since_deepspeed
 from tests.ranks import Ranks
 from tests.zero import engine
 
-pytestmark = [pytest.mark.slow, since_deepspeed("0.19.8", "has no such AutoEP")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_ranks_afterwards"),
+    since_deepspeed("0.19.8", "has no such AutoEP"),
+]
 
 CELLS: dict[str, dict[int, Cell]] = {"AutoEP (`expert_parallel`)": {stage: served() for stage in range(4)}}
 STEPS, SAVED_AFTER, WIDTH, INNER, EXPERTS = 6, 3, 16, 24, 4

@@ -19,7 +19,11 @@ from tests.ranks import RankError, Ranks
 from tests.zero import engine
 from tests.zero.test_equality import assert_equal
 
-pytestmark = [pytest.mark.slow, since_deepspeed("0.17.2", "lacks some of these settings")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_ranks_afterwards"),
+    since_deepspeed("0.17.2", "lacks some of these settings"),
+]
 
 
 def autocast(stage: int, dtype: str) -> dict[str, Any]:

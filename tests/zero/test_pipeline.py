@@ -24,7 +24,11 @@ from tests.ranks import RankError, Ranks
 from tests.zero import engine
 from tests.zero.test_equality import dtype_of
 
-pytestmark = [pytest.mark.slow, since_deepspeed("0.19.8", "was not tried with pipelines")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_ranks_afterwards"),
+    since_deepspeed("0.19.8", "was not tried with pipelines"),
+]
 
 ONLY_0_AND_1 = impossible("ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism", "stages 0 and 1 only")
 CELLS: dict[str, dict[int, Cell]] = {"`PipelineModule`": {0: served(), 1: served(), 2: ONLY_0_AND_1, 3: ONLY_0_AND_1}}

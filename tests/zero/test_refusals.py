@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,13 +18,7 @@ from tests.older import since_deepspeed
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_ranks_afterwards(ranks2: Ranks) -> Iterator[None]:
-    """DeepSpeed keeps a refused engine's autocast and tensor parallelism in the process, to be met by the next."""
-    yield
-    ranks2.restart()
-
+pytestmark = pytest.mark.usefixtures("fresh_ranks_afterwards")
 
 BF16_STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 

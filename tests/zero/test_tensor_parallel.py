@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -25,7 +24,11 @@ from tests.ranks import RankError, Ranks
 from tests.zero import engine
 from tests.zero.test_equality import dtype_of
 
-pytestmark = [pytest.mark.slow, since_deepspeed("0.19.8", "has another AutoTP")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_ranks_afterwards"),
+    since_deepspeed("0.19.8", "has another AutoTP"),
+]
 
 CELLS: dict[str, dict[int, Cell]] = {"AutoTP (`tensor_parallel.autotp_size`)": {stage: served() for stage in range(4)}}
 SPECS = [
@@ -113,22 +116,15 @@ def assert_one_process(ranks: list[dict[str, Any]], expected: dict[str, Any]) ->
             assert torch.equal(result["params"][name], part), name
 
 
-@pytest.fixture(scope="module")
-def ranks(ranks4: Ranks) -> Iterator[Ranks]:
-    """DeepSpeed keeps the groups: every later engine in the processes would be told of two model ranks."""
-    yield ranks4
-    ranks4.restart()
-
-
 OPTIONS: dict[str, dict[str, Any]] = {"exact": {}, "delayed": {"sync": "delayed"}, "layer": {"scope": "layer"}}
 
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "setting"), nightly_but(product(range(4), ("fp32", "bf16"), OPTIONS), every=5)
 )
-def test_two_by_two_ranks_equal_one_process(ranks: Ranks, stage: int, dtype: str, setting: str) -> None:
+def test_two_by_two_ranks_equal_one_process(ranks4: Ranks, stage: int, dtype: str, setting: str) -> None:
     options = OPTIONS[setting]
-    assert_one_process(ranks.run(given, config(stage, dtype), options), alone(dtype_of(dtype), **options))
+    assert_one_process(ranks4.run(given, config(stage, dtype), options), alone(dtype_of(dtype), **options))
 
 
 def resumed(ds_config: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -147,8 +143,8 @@ def resumed(ds_config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", nightly_but([1, 2, 3, 0], every=2))
-def test_a_checkpoint_goes_on(ranks: Ranks, tmp_path: Path, stage: int) -> None:
-    assert_one_process(ranks.run(resumed, config(stage), str(tmp_path)), alone(torch.float32))
+def test_a_checkpoint_goes_on(ranks4: Ranks, tmp_path: Path, stage: int) -> None:
+    assert_one_process(ranks4.run(resumed, config(stage), str(tmp_path)), alone(torch.float32))
 
 
 def train(optimizer: str, stage: int) -> dict[str, Any]:
@@ -174,18 +170,18 @@ def whole(ranks: list[dict[str, Any]], like: dict[str, Tensor]) -> dict[str, Ten
     return {name: torch.cat(held, dims[name][0]) if dims[name] else held[0] for name, held in parts.items()}
 
 
-def test_llama_equals_one_process(ranks: Ranks) -> None:
+def test_llama_equals_one_process(ranks4: Ranks) -> None:
     far = {}
     for name, kind in {"AlphaAdam": AlphaAdam, "AdamW": torch.optim.AdamW}.items():
         one = engine.train_alone({"lr": 1e-3}, optimizer=kind)
-        held = ranks.run(train, name, 1)
+        held = ranks4.run(train, name, 1)
         assert all(result["seen"] == held[0]["seen"] for result in held)
         far[name] = deviation(whole(held, one["params"]), one["params"])
     print(f"\nAutoTP at ZeRO-1: {far['AlphaAdam']:.1e} from one process; AdamW {far['AdamW']:.1e}")
     assert 0 < far["AlphaAdam"] < max(5e-6, 10 * far["AdamW"])
 
 
-def test_bf16_state_is_refused(ranks: Ranks) -> None:
+def test_bf16_state_is_refused(ranks4: Ranks) -> None:
     message = r"state_dtype='bfloat16' with tensor_parallel\.autotp_size=2: .* leave state_dtype"
     with pytest.raises(RankError, match=message):
-        ranks.run(given, config(2), {"state_dtype": "bfloat16"})
+        ranks4.run(given, config(2), {"state_dtype": "bfloat16"})
