@@ -51,27 +51,42 @@ def test_llama_factory(llama: Path, zero2: str, examples: list[tuple[str, str]],
     check(alphas)
 
 
-def test_trl(llama: Path, zero2: str, zero2_bare: str, examples: list[tuple[str, str]], tmp_path: Path) -> None:
-    """TRL's own script for SFT under torchrun: DDP by --optim, ZeRO-2 by the JSON and by --optim."""
+def sft(way: str, data: Path, settings: dict[str, Any], folder: Path) -> list[float]:
+    """TRL's own script for SFT under torchrun: alpha after each step."""
+    common = {**TRAINER, "dataset_name": str(data), "eval_strategy": "no", "save_strategy": "steps",
+              "save_steps": STEPS, "max_length": 64}  # fmt: skip
+    line = words({**common, **settings, "output_dir": str(folder / way)})
+    start("trl", ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "trl.scripts.sft", *line], folder)
+    return logged(folder / way)
+
+
+@pytest.fixture
+def garden(examples: list[tuple[str, str]], tmp_path: Path) -> Path:
+    """The examples as TRL reads them."""
     data = tmp_path / "garden"
     data.mkdir()
     rows = [json.dumps({"prompt": question, "completion": f" {answer}"}) for question, answer in examples]
     (data / "train.jsonl").write_text("\n".join(rows))
-    common = {
-        **TRAINER, "model_name_or_path": str(llama), "dataset_name": str(data), "eval_strategy": "no",
-        "save_strategy": "steps", "save_steps": STEPS, "max_length": 64,
-    }  # fmt: skip
+    return data
+
+
+def test_trl(llama: Path, zero2: str, zero2_bare: str, garden: Path, tmp_path: Path) -> None:
+    """DDP by --optim, ZeRO-2 by the JSON and by --optim."""
     ways = {
         "ddp": {"optim": "alphaadam"},
         "zero2": {"deepspeed": zero2},
         "zero2 by name": {"deepspeed": zero2_bare, "optim": "alphaadam"},
     }
-    alphas = {}
-    for name, settings in ways.items():
-        line = words({**common, **settings, "output_dir": str(tmp_path / name)})
-        start("trl", ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "trl.scripts.sft", *line], tmp_path)
-        alphas[name] = logged(tmp_path / name)
-    check(alphas)
+    model = {"model_name_or_path": str(llama)}
+    check({name: sft(name, garden, {**model, **settings}, tmp_path) for name, settings in ways.items()})
+
+
+def test_qlora(llama: Path, zero2: str, garden: Path, tmp_path: Path) -> None:
+    """Adapters over bitsandbytes' 4-bit weights, DDP and ZeRO-2: these weights are frozen, and only adapters count."""
+    adapters = {"model_name_or_path": str(llama), "use_peft": True, "load_in_4bit": True}
+    ways: dict[str, dict[str, Any]] = {"ddp": {"optim": "alphaadam"}, "zero2": {"deepspeed": zero2}}
+    alphas = {name: sft(name, garden, {**adapters, **settings}, tmp_path) for name, settings in ways.items()}
+    check(alphas, within=1e-2)  # there are a few thousand coordinates, of which each moves alpha by 1e-3
 
 
 def test_ms_swift(llama: Path, zero2_bare: str, examples: list[tuple[str, str]], tmp_path: Path) -> None:
