@@ -43,8 +43,12 @@ def config(stage: int, dtype: str = "fp32", accumulate: int = 1, **zero: Any) ->
     return result
 
 
-def start(model: nn.Module, ds_config: dict[str, Any], options: dict[str, Any], client: bool, optimizer: str) -> Any:
-    """The engine: the optimizer named in the JSON, or built by the client with two parameter groups."""
+def start(model: nn.Module, ds_config: dict[str, Any], options: dict[str, Any], client: bool, optimizer: str,
+          **arguments: Any) -> Any:  # fmt: skip
+    """The engine: the optimizer named in the JSON, or built by the client with two parameter groups.
+
+    ``arguments`` are deepspeed.initialize's own.
+    """
     # DeepSpeed allows fp16 only on CPUs that multiply it fast; torch computes it on all.
     get_accelerator().is_fp16_supported = lambda: True
     options = {"lr": LR, **options}
@@ -56,7 +60,7 @@ def start(model: nn.Module, ds_config: dict[str, Any], options: dict[str, Any], 
         extra = {"torch_adam": True} if optimizer == "AdamW" else {}
         ds_config["optimizer"] = {"type": optimizer, "params": {"weight_decay": 0.1, **options, **extra}}
         params = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
-    engine, *_ = deepspeed.initialize(model=model, config=ds_config, **params)
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config, **params, **arguments)
     return engine
 
 
@@ -103,9 +107,12 @@ def stage_zero_master(engine: Any, param: Tensor) -> Tensor:
 
 def given(ds_config: dict[str, Any], options: dict[str, Any], *, steps: int = 10, client: bool = True,
           optimizer: str = "AlphaAdam", count_collectives: bool = False, shrink: float = 1.0,
-          overflow_at: tuple[int, ...] = ()) -> dict[str, Any]:  # fmt: skip
-    """Steps with given gradients under DeepSpeed, equal on all ranks; times ``shrink``, and infinite at some steps."""
-    engine = start(Given(), ds_config, options, client, optimizer)
+          overflow_at: tuple[int, ...] = (), **arguments: Any) -> dict[str, Any]:  # fmt: skip
+    """Steps with given gradients under DeepSpeed, equal on all ranks; times ``shrink``, and infinite at some steps.
+
+    ``arguments`` are deepspeed.initialize's own.
+    """
+    engine = start(Given(), ds_config, options, client, optimizer, **arguments)
     accumulate = engine.gradient_accumulation_steps()
     seen, collectives, scales = [], [], []
     for step, gradients in enumerate(given_gradients(steps)):

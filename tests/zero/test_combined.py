@@ -11,9 +11,8 @@ from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups
 
-from alphaadam_dist import AlphaAdam
 from tests.cells import Cell, impossible, refused, served
-from tests.models import Given, decay_groups, given_gradients
+from tests.models import Given, given_gradients
 from tests.older import since_deepspeed
 from tests.ranks import RankError, Ranks
 from tests.zero import engine
@@ -143,23 +142,13 @@ def test_why_elastic_checkpoints_are_refused(ranks2: Ranks, tmp_path: Path, stag
 
 def ulysses(config: dict[str, Any], options: dict[str, Any], mesh: bool) -> dict[str, Any]:
     deepspeed.init_distributed("gloo")
-    model = Given()
-    optimizer = AlphaAdam(decay_groups(model), lr=engine.LR, **options)
     ways: dict[str, Any] = {"mesh_param": (2, 2)}
     if not mesh:
         parallel_state_sp._release_sequence_parallel_groups()
         parallel_state_sp.initialize_sequence_parallel(2)
         ways = {"mpu": parallel_state_sp}
     try:
-        started, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, **ways)
-        seen = []
-        for gradients in given_gradients(10):
-            started.backward(started(gradients))
-            started.step()
-            seen.append(engine.observe(optimizer))
-        result = {"params": engine.masters(started), "seen": seen}
-        started.destroy()
-        return result
+        return engine.given(config, options, **ways)
     finally:
         groups.mpu = groups.mesh_device = None  # or every later engine of the process would have them
 
