@@ -43,6 +43,13 @@ def config(stage: int, dtype: str = "fp32", accumulate: int = 1, **zero: Any) ->
     return result
 
 
+def offload(stage: int, **settings: Any) -> dict[str, Any]:
+    """A config with the optimizer on the CPU, and more settings of ``offload_optimizer``."""
+    result = config(stage, offload=True)
+    result["zero_optimization"]["offload_optimizer"] |= settings
+    return result
+
+
 def start(model: nn.Module, ds_config: dict[str, Any], options: dict[str, Any], client: bool, optimizer: str,
           **arguments: Any) -> Any:  # fmt: skip
     """The engine: the optimizer named in the JSON, or built by the client with two parameter groups.

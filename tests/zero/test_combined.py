@@ -29,12 +29,6 @@ def autocast(stage: int, dtype: str) -> dict[str, Any]:
     return {**engine.config(stage), "torch_autocast": {"enabled": True, "dtype": dtype}}
 
 
-def offload(stage: int, **settings: Any) -> dict[str, Any]:
-    result = engine.config(stage, offload=True)
-    result["zero_optimization"]["offload_optimizer"] |= settings
-    return result
-
-
 SCALER = "clips before its GradScaler unscales, and lowers the scale at no overflow"
 ULYSSES: dict[int, Cell] = {stage: served() for stage in range(4)}
 CELLS: dict[str, dict[int, Cell]] = {
@@ -53,12 +47,16 @@ CELLS: dict[str, dict[int, Cell]] = {
     "`offload_optimizer.ratio` below 1": {
         **{
             stage: impossible(
-                "Partial offloading only supported for ZeRO Stage 3", "for stage 3 only", offload(stage, ratio=0.5)
+                "Partial offloading only supported for ZeRO Stage 3",
+                "for stage 3 only",
+                engine.offload(stage, ratio=0.5),
             )
             for stage in (1, 2)
         },
         3: impossible(
-            "Hybrid Optimizer Only Supports DeepSpeedCPUAdam", "takes DeepSpeedCPUAdam only", offload(3, ratio=0.5)
+            "Hybrid Optimizer Only Supports DeepSpeedCPUAdam",
+            "takes DeepSpeedCPUAdam only",
+            engine.offload(3, ratio=0.5),
         ),
     },
     "hpZ (`zero_hpz_partition_size`)": {3: served(engine.config(3, zero_hpz_partition_size=2, sub_group_size=200))},

@@ -23,12 +23,6 @@ pytestmark = pytest.mark.usefixtures("fresh_ranks_afterwards")
 BF16_STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
-def offload(**more: Any) -> dict[str, Any]:
-    config = engine.config(3, offload=True)
-    config["zero_optimization"]["offload_optimizer"] |= more
-    return config
-
-
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "DeepCompile": (
         {**engine.config(3), "compile": {"deepcompile": True}},
@@ -43,15 +37,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"fp16\.fp16_master_weights_and_grads=true: .* set it to false",
     ),
     "bf16 states without `state_dtype`": (
-        {**offload(), "bf16": BF16_STATES},
+        {**engine.offload(3), "bf16": BF16_STATES},
         r"bf16\.bf16_optimizer_states=true with state_dtype=None: .* set both flags to false",
     ),
     "SuperOffload": (
-        offload(super_offload=True),
+        engine.offload(3, super_offload=True),
         r"zero_optimization\.offload_optimizer\.super_offload=true: .* set it to false",
     ),
     "`offload_optimizer.ratio` below 1": (
-        offload(ratio=0.5),
+        engine.offload(3, ratio=0.5),
         r"zero_optimization\.offload_optimizer\.ratio=0\.5: .* set ratio to 1\.0",
     ),
     "ZenFlow": (
@@ -67,7 +61,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"zero_optimization\.elastic_checkpoint=true: .* DeepSpeed saves no step .* set it to false",
     ),
     "NVMe, `sync=\"exact\"`": (
-        offload(device="nvme", nvme_path="/tmp"),
+        engine.offload(3, device="nvme", nvme_path="/tmp"),
         r"zero_optimization\.offload_optimizer\.device='nvme' with sync='exact': .* set sync='delayed'",
     ),
 }  # fmt: skip
