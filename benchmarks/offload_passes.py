@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from alphaadam_dist.training.start_ranks import free_port
 from benchmarks.offload import CONTESTANTS, backward, engine_of
 from benchmarks.turns import machine
 
@@ -91,11 +91,8 @@ def main() -> None:
     for world in (1, 2):
         for stage in (2, 3):
             for name in CONTESTANTS:
-                with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-                    free.bind(("127.0.0.1", 0))
-                    port = free.getsockname()[1]
-                    free.close()
-                    mp.spawn(_rank, (world, port, stage, name, f"{folder}/rows"), nprocs=world)
+                with tempfile.TemporaryDirectory() as folder:
+                    mp.spawn(_rank, (world, free_port(), stage, name, f"{folder}/rows"), nprocs=world)
                     table = Path(folder, "rows").read_text()
                 text.append(f"\n## ZeRO-{stage}, {world} rank{'s' * (world > 1)}, {name}\n\n"
                             f"| operator | calls | ms |\n|---|---|---|\n{table}")  # fmt: skip

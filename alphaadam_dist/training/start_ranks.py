@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -185,8 +186,10 @@ def launch(line: list[str], folder: Path, settings: Settings, while_running: Cal
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of this machine that nothing listens on. Not one of those that the system gives to connections by itself
+    (from 32768 on Linux, 49152 elsewhere): it could give it away before the ranks, seconds later, listen on it."""
+    while True:
+        port = 20000 + secrets.randbelow(9000)  # below the launchers' own 29500 too
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

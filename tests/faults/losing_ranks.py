@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import torch.distributed.tensor
 from torch import nn
 
 from alphaadam_dist import AlphaAdam, rank_failures
+from alphaadam_dist.training.start_ranks import free_port
 
 WORLD = 3
 LOST_AT = 3
@@ -93,12 +93,6 @@ def dying_in(case: str) -> Callable[..., Any]:
         yield
 
     return explaining
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

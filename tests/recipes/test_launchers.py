@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from alphaadam_dist.training.start_ranks import free_port
 from tests.recipes import two_nodes
 
 TIMEOUT = 600.0  # DeepSpeed may compile an operation first
@@ -19,12 +19,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(two_nodes.__file__))
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(*lines: tuple[list[str], dict[str, str]]) -> None:
@@ -53,13 +47,13 @@ def check(folder: Path, local_ranks: list[str]) -> None:
 
 def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     node = ["launch/torchrun.sh", SCRIPT, str(tmp_path)]
-    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GPUS": "1"}
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GPUS": "1"}
     start((node, variables), (node, variables))
     check(tmp_path, ["0", "0"])
 
 
 def test_deepspeed_on_one_node(tmp_path: Path) -> None:
-    start((["launch/deepspeed.sh", SCRIPT, str(tmp_path), "zero"], {"GPUS": "2", "MASTER_PORT": free_port()}))
+    start((["launch/deepspeed.sh", SCRIPT, str(tmp_path), "zero"], {"GPUS": "2", "MASTER_PORT": str(free_port())}))
     check(tmp_path, ["0", "1"])
 
 
@@ -68,14 +62,14 @@ def test_deepspeed_on_two_nodes_without_ssh(tmp_path: Path) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("# nodes\n127.0.0.1 slots=1\nlocalhost slots=1\n")
     node = ["launch/deepspeed.sh", SCRIPT, str(tmp_path), "zero"]
-    variables = {"HOSTFILE": str(hostfile), "MASTER_PORT": free_port()}
+    variables = {"HOSTFILE": str(hostfile), "MASTER_PORT": str(free_port())}
     start(*((node, {**variables, "NODE_RANK": str(rank)}) for rank in (0, 1)))
     check(tmp_path, ["0", "0"])
 
 
 def test_mpirun(tmp_path: Path) -> None:
     """With DeepSpeed, which would ask mpi4py for the ranks if the script did not name them."""
-    variables = {"RANKS": "2", "MPI_ARGS": "--oversubscribe --allow-run-as-root", "MASTER_PORT": free_port()}
+    variables = {"RANKS": "2", "MPI_ARGS": "--oversubscribe --allow-run-as-root", "MASTER_PORT": str(free_port())}
     start((["launch/mpirun.sh", SCRIPT, str(tmp_path), "zero"], variables))
     check(tmp_path, ["0", "1"])
 
@@ -83,7 +77,7 @@ def test_mpirun(tmp_path: Path) -> None:
 def test_mpi4py_tells_the_ranks_who_they_are(tmp_path: Path) -> None:
     """No script of ours, and no variable of torch's: mpirun alone."""
     line = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, SCRIPT, str(tmp_path)]
-    start(([*line, "zero", "mpi"], {"MASTER_PORT": free_port()}))
+    start(([*line, "zero", "mpi"], {"MASTER_PORT": str(free_port())}))
     check(tmp_path, ["0", "1"])
 
 
@@ -93,7 +87,7 @@ def test_deepspeeds_own_way_through_mpi(tmp_path: Path) -> None:
     line = ["deepspeed", "--hostfile", str(hostfile), "--launcher", "openmpi", "--force_multi", "--no_ssh_check",
             "--master_addr", "127.0.0.1", SCRIPT, str(tmp_path), "zero", "mpi"]  # fmt: skip
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    start((line, {"MASTER_PORT": free_port(), **as_root}))
+    start((line, {"MASTER_PORT": str(free_port()), **as_root}))
     check(tmp_path, ["0", "1"])
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from alphaadam_dist.training.start_ranks import free_port
 from tests.recipes import two_nodes
-from tests.recipes.test_launchers import TIMEOUT, free_port, start
+from tests.recipes.test_launchers import TIMEOUT, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
 
@@ -45,7 +46,7 @@ def with_tools(tools: str) -> dict[str, str]:
 
 def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     node = [*RUN, "launch/torchrun.sh", SCRIPT, str(tmp_path)]
-    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GPUS": "1", **ASKED}
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GPUS": "1", **ASKED}
     start((node, variables), (node, variables))
     check(tmp_path)
 
@@ -63,21 +64,26 @@ def test_deepspeed_hands_it_on_to_other_nodes(tmp_path: Path) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     line = [*RUN, "deepspeed", "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", "127.0.0.1",
-            "--master_port", free_port(), "--no_local_rank", SCRIPT, str(tmp_path)]  # fmt: skip
+            "--master_port", str(free_port()), "--no_local_rank", SCRIPT, str(tmp_path)]  # fmt: skip
     start((line, {**ASKED, **with_tools(bare(tmp_path, "pdsh", PDSH))}))
     check(tmp_path)
 
 
 def test_accelerate_launch(tmp_path: Path) -> None:
     line = [*RUN, "accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port(), SCRIPT,
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), SCRIPT,
             str(tmp_path)]  # fmt: skip
     start((line, ASKED))
     check(tmp_path)
 
 
 def test_mpirun(tmp_path: Path) -> None:
-    variables = {"RANKS": "2", "MPI_ARGS": "--oversubscribe --allow-run-as-root", "MASTER_PORT": free_port(), **ASKED}
+    variables = {
+        "RANKS": "2",
+        "MPI_ARGS": "--oversubscribe --allow-run-as-root",
+        "MASTER_PORT": str(free_port()),
+        **ASKED,
+    }
     start(([*RUN, "launch/mpirun.sh", SCRIPT, str(tmp_path)], variables))
     check(tmp_path)
 
@@ -94,6 +100,6 @@ wait -n && wait -n
 
 def test_srun_that_hands_on_nothing_hands_on_this(tmp_path: Path) -> None:
     tools = bare(tmp_path, "srun", HANDS_ON)
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **ASKED, **with_tools(tools)}
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **ASKED, **with_tools(tools)}
     start(([*RUN, "srun", "--export=NONE", "python", SCRIPT, str(tmp_path)], variables))
     check(tmp_path)

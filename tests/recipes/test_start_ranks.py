@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from alphaadam_dist.rank_failures import RankLost
 from alphaadam_dist.training import reasons, tie
-from alphaadam_dist.training.start_ranks import LaunchError, Stopped, command, launch
+from alphaadam_dist.training.start_ranks import LaunchError, Stopped, command, free_port, launch
 from tests.recipes.test_run_folder import SETTINGS
 
 
@@ -171,3 +172,19 @@ def _alive(pid: int) -> bool:
         return False
     # An orphan nobody reaps stays in the table as a zombie; it no longer runs.
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_free_port_is_not_one_that_the_system_gives_away() -> None:
+    """A port that the system chose went to another program before the ranks listened on it."""
+    ports = [free_port() for _ in range(50)]
+    assert len(set(ports)) > 1
+    assert all(20000 <= port < 29000 for port in ports)
+
+
+def test_a_port_in_use_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        port, other = free_port(), free_port()
+        taken.bind(("127.0.0.1", port))
+        chosen = iter([port - 20000, other - 20000])
+        monkeypatch.setattr("secrets.randbelow", lambda below: next(chosen))
+        assert free_port() == other

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.test_launchers import free_port
+from alphaadam_dist.training.start_ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / ".tools"
@@ -89,7 +89,8 @@ def start(tool: str, line: list[str], cwd: Path, *, run: bool = True, **variable
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     environment = {
         **clean, "PYTHONPATH": paths, "PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}",
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": free_port(), **variables,
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(free_port()),
+        **variables,
     }  # fmt: skip
     done = subprocess.run(
         [*(RUN if run else []), *line],
