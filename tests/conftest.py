@@ -14,14 +14,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
 from . import older
+from .marks import leave_to_nightly
 from .ranks import Ranks
 
 older.load_what_deepspeed_saved()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks, and pytest-xdist the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What pytest-xdist must not tear apart: all tests over pools of ranks, which are started once; else each file."""
+    """What waits for the night, and what pytest-xdist must not tear apart: all tests over pools of ranks, which are
+    started once; else each file."""
+    leave_to_nightly(items)
     for item in items:
         pooled = any(name in ("ranks1", "ranks2", "ranks3", "ranks4") for name in getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("ranks" if pooled else item.path.stem))

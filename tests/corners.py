@@ -20,8 +20,8 @@ TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "expecttest",
 FAST = "not slow and not nightly and not nvme and not torchtitan and not tools"
 SUITES = {
     "fast suite": ["tests", "-m", FAST],
-    "equality matrix": ["tests/equality", "-m", "slow and not nightly"],
-    "ZeRO": ["tests/zero", "tests/checkpoint/test_same_ranks.py", "-m", "slow and not nightly and not nvme"],
+    "equality matrix": ["tests/equality", "-m", "slow"],
+    "ZeRO": ["tests/zero", "tests/checkpoint/test_same_ranks.py", "-m", "slow and not nvme"],
 }
 
 

@@ -79,7 +79,7 @@ def others() -> Iterator[Ranks]:
     ranks.stop()
 
 
-@pytest.mark.parametrize("case", nightly_but(CASES, every=2))
+@pytest.mark.parametrize("case", nightly_but(CASES, every=5))
 def test_resumed_equals_uninterrupted(ranks2: Ranks, others: Ranks, tmp_path: Path, case: str) -> None:
     uninterrupted = others.run(run, case, str(tmp_path), save=True)
     for resumed, straight in zip(ranks2.run(run, case, str(tmp_path), load=True), uninterrupted, strict=True):

@@ -76,6 +76,7 @@ class Job:
         return (self.folder / "train.log").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_fsdp_survives_a_killed_rank_sigterm_and_other_numbers_of_ranks(text: Path, tmp_path: Path):

@@ -59,6 +59,7 @@ def test_under_torchrun() -> None:
     assert "Not tried here: HSDP, 2 replicas (not on 2 ranks), TP 2 x FSDP2 (not on 2 ranks)" in done.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_without_a_launcher() -> None:
     environment = {

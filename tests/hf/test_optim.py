@@ -17,6 +17,7 @@ from alphaadam_dist.integrations import hf_trainer
 from alphaadam_dist.training.trainer import FSDP2
 from tests.hf import trainer
 from tests.hf.test_trainer import check
+from tests.marks import nightly_but
 from tests.ranks import RankError, Ranks
 
 NAMED = {"optim": "alphaadam", "optim_args": "gamma=0.1, sync=delayed"}
@@ -79,7 +80,7 @@ print(args.optim.value, again.optim.value, Trainer.get_optimizer_cls_and_kwargs(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["transformers", "transformers.trainer", "deepspeed"])
+@pytest.mark.parametrize("first", nightly_but(["deepspeed", "transformers", "transformers.trainer"], every=3))
 def test_the_name_passes_hfs_own_checks(tmp_path: Path, first: str) -> None:
     """Of argparse and of the dataclass, in a script that imports nothing of ours, whatever it imports first: the
     Trainer imports its arguments, so that ours would find it half-imported."""

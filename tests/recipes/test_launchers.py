@@ -57,6 +57,7 @@ def test_deepspeed_on_one_node(tmp_path: Path) -> None:
     check(tmp_path, ["0", "1"])
 
 
+@pytest.mark.nightly
 def test_deepspeed_on_two_nodes_without_ssh(tmp_path: Path) -> None:
     """Two names of this machine are two nodes to DeepSpeed."""
     hostfile = tmp_path / "hostfile"
@@ -67,6 +68,7 @@ def test_deepspeed_on_two_nodes_without_ssh(tmp_path: Path) -> None:
     check(tmp_path, ["0", "0"])
 
 
+@pytest.mark.nightly
 def test_mpirun(tmp_path: Path) -> None:
     """With DeepSpeed, which would ask mpi4py for the ranks if the script did not name them."""
     variables = {"RANKS": "2", "MPI_ARGS": "--oversubscribe --allow-run-as-root", "MASTER_PORT": str(free_port())}

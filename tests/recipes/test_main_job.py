@@ -83,6 +83,7 @@ def test_a_killed_job_resumes_as_if_nothing_had_happened(text: Path, cache: Path
     assert (calm / "losses.png").stat().st_size > 20_000
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_pretrained_model_from_a_local_folder_trains_at_zero_3(text: Path, cache: Path, tmp_path: Path):

@@ -22,6 +22,7 @@ from alphaadam_dist.training.corpus import Corpus
 from alphaadam_dist.training.data import byte_level_bpe
 from alphaadam_dist.training.start_ranks import free_port
 from tests.hf import trainer
+from tests.marks import nightly_but
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,7 @@ def test_llama_from_the_launcher_to_the_comparison(ranks2: Ranks, garden: list[s
     assert "--block is 99, but the run in" in error
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_lora_trains_adapters_only(ranks2: Ranks, garden: list[str], cache: Path, tmp_path: Path):
@@ -239,7 +241,7 @@ def test_a_config_that_deepspeed_does_not_take_is_named(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", ["plain", "fsdp", "zero3"])
+@pytest.mark.parametrize("how", nightly_but(["fsdp", "plain", "zero3"], every=3))
 def test_llama_in_bf16_without_masters(ranks2: Ranks, garden: list[str], cache: Path, tmp_path: Path, how: str):
     """Weights and moments are bf16 at the end, and the loss falls."""
     sharding = {"plain": [], "fsdp": ["--fsdp"], "zero3": ["--deepspeed", f"{ROOT}/ds_configs/zero3.json"]}[how]
@@ -271,7 +273,7 @@ def _saved_groups(folder: Path) -> list[tuple[float, float, float]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", ["plain", "zero2", "fsdp"])
+@pytest.mark.parametrize("how", nightly_but(["zero2", "plain", "fsdp"], every=3))
 def test_groups_by_name_for_both_optimizers(ranks2: Ranks, cache: Path, tmp_path: Path, how: str):
     """AdamW gets lr * lr_scale. Where everything has the same rate again, the losses are others."""
     sharding = {"plain": [], "fsdp": ["--fsdp"], "zero2": ["--deepspeed", f"{ROOT}/ds_configs/zero2.json"]}[how]

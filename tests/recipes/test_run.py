@@ -59,6 +59,7 @@ wait -n && wait -n
 """
 
 
+@pytest.mark.nightly
 def test_deepspeed_hands_it_on_to_other_nodes(tmp_path: Path) -> None:
     """The launcher's own list of variables gets ours; other nodes see nothing that it does not export."""
     hostfile = tmp_path / "hostfile"
@@ -77,6 +78,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     check(tmp_path)
 
 
+@pytest.mark.nightly
 def test_mpirun(tmp_path: Path) -> None:
     variables = {
         "RANKS": "2",
@@ -98,6 +100,7 @@ wait -n && wait -n
 """
 
 
+@pytest.mark.nightly
 def test_srun_that_hands_on_nothing_hands_on_this(tmp_path: Path) -> None:
     tools = bare(tmp_path, "srun", HANDS_ON)
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **ASKED, **with_tools(tools)}

@@ -102,6 +102,7 @@ def test_what_a_shell_started_outlives_it(tmp_path: Path) -> None:
     os.kill(alone, signal.SIGKILL)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_recipe_saves_and_stops_when_its_launcher_is_killed(tmp_path: Path) -> None:

@@ -288,6 +288,7 @@ def test_triton_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- a process of its own
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_truncated_library_does_not_end_the_process(tmp_path: Path) -> None:
     """With the real kernels: cut to half, they are compiled again."""
