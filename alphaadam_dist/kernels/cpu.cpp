@@ -287,26 +287,26 @@ struct Norms {
 
 constexpr int64_t kKept = 1 << 12;  // elements whose old values are kept at a time, in the cache nearest to a core
 
+// The elements of a part: where they lie, or if that is in bf16 in T in `wide`.
 template <typename T>
-void copy_of(const Tensor& tensor, const Chunk& part, T* to) {
-  if (tensor.scalar_type() == at::kBFloat16)
-    widen(tensor.const_data_ptr<at::BFloat16>() + part.begin, to, part.size);
-  else
-    widen(tensor.const_data_ptr<T>() + part.begin, to, part.size);
+const T* elements_of(const Tensor& tensor, const Chunk& part, T* wide) {
+  if (tensor.scalar_type() != at::kBFloat16) return tensor.const_data_ptr<T>() + part.begin;
+  widen(tensor.const_data_ptr<at::BFloat16>() + part.begin, wide, part.size);
+  return wide;
 }
 
 // pass(part) over a chunk, a part at a time, and the norms of what it did. Not a part of the pass: without this, that is
 // compiled and runs as if nobody could ask for norms.
 template <typename T, typename G, typename Pass>
 Norms measured(const Tensor& param, const Tensor& grad, const Chunk& chunk, const Pass& pass) {
-  T before[kKept], after[kKept];
+  T before[kKept], wide[kKept];
   Norms squared;
   const int64_t end = chunk.begin + chunk.size;
   for (Chunk part{chunk.tensor, chunk.begin, 0}; part.begin < end; part.begin += part.size) {
     part.size = std::min(kKept, end - part.begin);
-    copy_of(param, part, before);
+    std::memcpy(before, elements_of(param, part, wide), part.size * sizeof(T));
     pass(part);
-    copy_of(param, part, after);
+    const T* after = elements_of(param, part, wide);
     squared.change +=
         sum_of_squares(part.size, [&](int64_t i) { return static_cast<double>(after[i]) - before[i]; });
     with_gradient<T, G>(grad, part, [&](int64_t, const T* g, int64_t n) { squared.gradient += squares(g, n); });
