@@ -206,7 +206,7 @@ def run(
 @pytest.mark.parametrize(
     "options",
     [{"alpha_warmup": 9}, {"scope": "layer"}, {"clip_norm": 1.0}, {"threshold": 0.1, "maximize": True},
-     {"clip_norm": 1.0, "threshold": 0.1}],
+     {"clip_norm": 1.0, "threshold": 0.1}, {"telemetry": True}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,7 +219,7 @@ def test_a_capturable_step_waits_for_nothing_and_sends_nothing(
     sent: list[Any] = []
     send = device_tables.sent
     monkeypatch.setattr(device_tables, "sent", lambda table, device: sent.append(table) or send(table, device))
-    expected, state, _, names = run(kind, {**options, "fused": False}, 1e-2, sent)
+    expected, state, other, names = run(kind, {**options, "fused": False}, 1e-2, sent)
     assert "aten::item" in names or kind != "adam"  # the profiler does see it
     params, ours, optimizer, names = run(
         kind, {**options, "capturable": True}, rate.to(DEVICE) if isinstance(rate, Tensor) else rate, sent
@@ -227,6 +227,7 @@ def test_a_capturable_step_waits_for_nothing_and_sends_nothing(
     assert not {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::pin_memory"} & names
     assert sent == []
     assert ours == pytest.approx(state, rel=1e-12)
+    assert optimizer.metrics() == pytest.approx(other.metrics(), rel=1e-5)
     for param, theirs in zip(params, expected, strict=True):
         torch.testing.assert_close(param, theirs, rtol=1e-6, atol=1e-7)
         if kind == "adam":
