@@ -1,9 +1,10 @@
 """Refuses the ways to build the optimizer in which it sees a part of the model and cannot know of the rest.
 
-With scope="global" alpha belongs to the whole model, and in any scope so do the norm that clip_norm clips by and the T
-of alpha_warmup. Some tools build many optimizers over one model: one for each parameter, stepped inside the backward or
-one after the other, or one for the parameters that a rank owns. Each would get an alpha of its own, and no number would
-look wrong. With scope="layer" and neither of the other two a parameter's update is the same in all these ways.
+With scope="global" alpha belongs to the whole model, and in any scope so do the norm that clip_norm clips by, the T of
+alpha_warmup and the norms of telemetry. Some tools build many optimizers over one model: one for each parameter,
+stepped inside the backward or one after the other, or one for the parameters that a rank owns. Each would get an alpha
+of its own, and no number would look wrong. With scope="layer" and none of the others a parameter's update is the same
+in all these ways.
 """
 
 import functools
@@ -23,14 +24,15 @@ from .options import FamilyOptions
 ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
 _THE_WAY_OUT = (
     "Build one optimizer over all parameters and call its step() after backward(), or give scope='layer' without "
-    "clip_norm and alpha_warmup: one alpha for each parameter, the same numbers however optimizers are built. To free "
-    "each gradient inside the backward build one with sync='delayed' and call its step_in_backward(model)"
+    "clip_norm, alpha_warmup and telemetry: one alpha for each parameter, the same numbers however optimizers are "
+    "built. To free each gradient inside the backward build one with sync='delayed' and call its "
+    "step_in_backward(model)"
 )
 
 
 def of_the_whole(options: FamilyOptions) -> str | None:
     """The option, as in "scope='global'", for which an optimizer must know the whole model; None where none does."""
-    for name, needless in (("scope", "layer"), ("clip_norm", None), ("alpha_warmup", 0)):
+    for name, needless in (("scope", "layer"), ("clip_norm", None), ("alpha_warmup", 0), ("telemetry", False)):
         value = getattr(options, name)
         if value != needless:
             return f"{name}={value!r}"

@@ -157,9 +157,12 @@ class AlphaOptimizer(Persistent):
 
         dict(alpha, agreement, evidence, steps): alpha of the whole model also with scope="layer", the agreeing share
         of the evidence (1 before the first step), the evidence's share of the model, and T. With gamma=1 agreement and
-        evidence are None: nothing is counted. With clip_norm or skip_nonfinite also grad_norm, the norm of the whole
-        model's gradient before clipping (None before the first step), with skip_nonfinite skipped, how many steps of
-        this process were left out.
+        evidence are None: nothing is counted. With clip_norm, skip_nonfinite or telemetry also grad_norm, the norm of
+        the whole model's gradient before clipping (None before the first step), with skip_nonfinite skipped, how many
+        steps of this process were left out. With telemetry also update_norm, the norm of what a step added to the
+        parameters, decay and rounding included: of the last step with sync="delayed" or gamma=1; where a step reads all
+        gradients first (sync="exact", clip_norm, skip_nonfinite) of the last one applied before it. None until it is
+        known. Under DeepSpeed grad_norm is DeepSpeed's own, None where it takes none.
         """
         statistics = self._adopt()
         steps, alpha, agree, conflict = statistics.state()
@@ -167,8 +170,12 @@ class AlphaOptimizer(Persistent):
         found: dict[str, float | None] = {"alpha": alpha, "agreement": None, "evidence": None, "steps": steps}
         if chosen.masked:
             found |= {"agreement": agree / evidence if evidence else 1.0, "evidence": self._share(evidence)}
-        if chosen.with_norm:
-            found["grad_norm"] = statistics.norm()
+        if chosen.with_norm or chosen.telemetry:
+            driver = self._run.driver
+            theirs = None if driver is None else driver.grad_norm
+            found["grad_norm"] = statistics.norm() if theirs is None else theirs()
+        if chosen.telemetry:
+            found["update_norm"] = statistics.update_norm()
         if chosen.skip_nonfinite:
             found["skipped"] = float(statistics.skipped)
         return found

@@ -171,7 +171,7 @@ class FamilyOptions:
 
     Args:
         gamma: share of its step that a conflicting coordinate keeps, 0 to 1; 1 is the optimizer without masks, where
-            nothing is counted and no rank waits for another.
+            nothing is counted, and no rank waits for another without clip_norm, skip_nonfinite and telemetry.
         lookahead: c, 0 or more: the direction is (m^ + c g) / (1 + c) in place of the bias-corrected momentum m^, the
             masks on top of it; AlphaAdam's alone.
         alpha_max: bound on alpha, 1 or more.
@@ -183,6 +183,8 @@ class FamilyOptions:
         clip_norm: clip gradients by their global L2 norm inside the step; exact only.
         skip_nonfinite: leave out a step whose gradients, all together, have a norm that is NaN or infinite, on all
             ranks; exact only. The norm travels with the counts; one number is read on the host in every step.
+        telemetry: metrics() has the norms of the whole model's gradient and of its update too. They travel with the
+            counts, 16 bytes more, and no step waits for them.
         sharding: what plain tensors are: "replicated": whole on every rank; "sharded": a different part of the
             parameter on each rank; "auto": whole, but for the shards of FSDP1, which are marked.
         process_group: the ranks that hold the model. By default all; it must be given for FSDP1, pipeline stages, and
@@ -216,6 +218,7 @@ class FamilyOptions:
         None, "it must be more than 0, or None for no clipping", math.ulp(0.0), or_none=True
     )
     skip_nonfinite: bool = _flag()
+    telemetry: bool = _flag()
     sharding: str = _choice("auto", "replicated", "sharded")
     process_group: dist.ProcessGroup | None = None
     fused: bool | None = field(default=None, metadata={"check": _check_fused})
@@ -272,8 +275,16 @@ class FamilyOptions:
 
     @property
     def with_norm(self) -> bool:
-        """Whether a step takes the norm of the whole model's gradient."""
+        """Whether a step needs the norm of the whole model's gradient before it updates any parameter."""
         return self.clip_norm is not None or self.skip_nonfinite
+
+    @property
+    def norm_first(self) -> bool:
+        """Whether it needs it before it counts: a threshold must know the clipped gradient.
+
+        With gamma=1 there is nothing else.
+        """
+        return self.with_norm and not (self.masked and (self.threshold == 0 or self.clip_norm is None))
 
     @property
     def reads_first(self) -> bool:
@@ -302,6 +313,7 @@ class Options(TypedDict, total=False):
     sync: str
     clip_norm: float | None
     skip_nonfinite: bool
+    telemetry: bool
     sharding: str
     process_group: dist.ProcessGroup | None
     fused: bool | None

@@ -33,10 +33,13 @@ class Driver:
 
     Attributes:
         layout: of the whole model.
+        grad_norm: that of the backend for the last step, which scales and clips gradients itself; None where it leaves
+            that to the optimizer. May read the device: synchronises.
         update_part: what ``step()`` does where the backend calls it for one part of the model after another.
     """
 
     layout: Layout
+    grad_norm: Callable[[], float | None] | None = None
     update_part: Callable[[], None] | None = None
 
 

@@ -5,10 +5,15 @@ alpha however the model is sharded. Device values are read on the host only wher
 
 The numbers, all float64 on the layout's device:
 
-    _buffer (2 * rows [+ 1],)  what one step sends: agree and conflict of row 0, of row 1, ...; then, with clip_norm or
-                               skip_nonfinite, the squared norm of the whole model's gradient. One row with
-                               scope="global" (16 bytes, 24 with the norm), one a parameter with "layer", none with
-                               gamma=1. Zeroed by open, added to by add and add_norms, all-reduced by reduce or close.
+    _buffer (2 * rows + norms,)
+                               what one step sends: agree and conflict of row 0, of row 1, ...; then _norms. One row
+                               with scope="global" (16 bytes), one a parameter with "layer", none with gamma=1. Zeroed
+                               by open, added to by add and add_norms, all-reduced by reduce or close.
+    _norms (0, 1 or 2,)        the end of _buffer. With clip_norm, skip_nonfinite or telemetry the squared norm of the
+                               whole model's gradient; with telemetry then that of an update: of the open step where it
+                               is sent by close, or else of the last that was applied.
+    _moved ()                  this rank's part of the squared norm of the update. Zeroed when a step begins that will
+                               be applied, added to by add_update, sent in _norms. Below 0 before the first.
     _alpha (rows,)             alpha of each row in the open step or else the last. Read by strengths.
     _strengths (rows, 2)       what strengths made of these two in the open step; None until then.
     _applied ()                T of the open step, itself included. Read by strengths, for alpha_warmup.
@@ -16,6 +21,7 @@ The numbers, all float64 on the layout's device:
                                gamma=1 [T, 1, 0, 0].
     _squared_norm ()           of the open step, once it is known, or else of the last. Read by clip_coefficient and
                                norm.
+    _squared_update ()         of the last update that is known. Read by update_norm.
 """
 
 import math
@@ -49,8 +55,11 @@ class Statistics:
         self._applied = torch.ones((), dtype=torch.float64, device="cpu")
         self._strengths: Tensor | None = None
         self._buffer = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._norms = self._buffer
+        self._moved = torch.tensor(-1.0, dtype=torch.float64, device="cpu")
         self._squared_norm: Tensor | None = None
-        self._in_flight: tuple[Tensor, dist.Work | None] | None = None
+        self._squared_update: Tensor | None = None
+        self._in_flight: tuple[Tensor, Tensor, dist.Work | None] | None = None
 
     def open(self, layout: Layout) -> None:
         """A step begins: settle the last one, clear the buffer."""
@@ -59,11 +68,16 @@ class Statistics:
         if layout is not self.layout:
             self.layout = layout
             self._memory, self._alpha = self._memory.to(layout.device), self._alpha.to(layout.device)
+            self._moved = self._moved.to(layout.device)
             if len(self._alpha) != layout.rows:
                 self._alpha = torch.ones(layout.rows, dtype=torch.float64, device=layout.device)
-        numbers = 2 * layout.rows * self.options.masked + self.options.with_norm
-        self._buffer = torch.zeros(numbers, dtype=torch.float64, device=layout.device)
-        self._squared_norm = self._strengths = None
+        counts, telemetry = 2 * layout.rows * self.options.masked, self.options.telemetry
+        norms = (self.options.with_norm or telemetry) + telemetry
+        self._buffer = torch.zeros(counts + norms, dtype=torch.float64, device=layout.device)
+        self._norms = self._buffer[counts:]
+        if not self.options.reads_first:
+            self._moved.zero_()
+        self._strengths = None
         self.skipping = False
         self._applied = self._memory[0] + 1
         if not self.options.masked:
@@ -85,23 +99,34 @@ class Statistics:
         assert self.layout is not None
         if segments:
             _, owned = self.layout.indices(segments)
-            self._buffer[-1].add_((squared_norms.to(self.layout.device) * owned).sum())
+            self._norms[0].add_((squared_norms.to(self.layout.device) * owned).sum())
 
-    def reduce_norm(self) -> None:
-        """All-reduce the norm by itself: a threshold must know the clipped gradient before it can count.
+    def add_update(self, segments: tuple[Segment, ...], squared_norms: Tensor) -> None:
+        """Add those of gradients and of updates, float64 (n, 2), as ``add_norms``; the first unless counted before."""
+        assert self.layout is not None
+        if segments:
+            _, owned = self.layout.indices(segments)
+            # no product: another rank's infinity times 0 is a NaN
+            gradient, update = torch.where(owned[:, None] > 0, squared_norms.to(self.layout.device), 0.0).sum(0)
+            self._moved.add_(update)
+            if not self.options.reads_first:
+                self._norms[0].add_(gradient)
 
-        With gamma=1 there is nothing else.
-        """
-        norm = self._buffer[-1:].clone()
-        self._buffer[-1] = 0
-        self._all_reduce(norm)
-        self._take_norm(norm[0])
+    def reduce_norms(self) -> None:
+        """All-reduce the norms by themselves, before anything is counted: ``norm_first``."""
+        self._send_update()
+        norms = self._norms.clone()
+        self._norms.zero_()
+        self._all_reduce(norms)
+        self._take_norms(norms)
 
     def reduce(self) -> None:
         """All-reduce the open step's counts, take its alpha from them and remember both, unless it is left out."""
+        if not self.options.norm_first:
+            self._send_update()
         self._all_reduce(self._buffer)
-        if self.options.with_norm and self._squared_norm is None:
-            self._take_norm(self._buffer[-1])
+        if not self.options.norm_first:
+            self._take_norms(self._norms)
         if self.skipping:
             return
         counts = self._counts(self._buffer)
@@ -112,14 +137,23 @@ class Statistics:
             counts, alpha[0] if self.options.scope == "global" else self._alpha_of(counts.view(-1, 2).sum(0))[0]
         )
 
-    def _take_norm(self, squared_norm: Tensor) -> None:
-        """The norm is known. With ``skip_nonfinite`` it is read on the host: synchronises."""
-        self._squared_norm = squared_norm
-        self.skipping = self.options.skip_nonfinite and not math.isfinite(float(squared_norm))
-        self.skipped += self.skipping
+    def _send_update(self) -> None:
+        if self.options.telemetry:
+            self._norms[1].copy_(self._moved)
+
+    def _take_norms(self, norms: Tensor) -> None:
+        """Those of the open step are known, if it has any. With ``skip_nonfinite`` one is read here: synchronises."""
+        if len(norms):
+            self._squared_norm = norms[0]
+            self.skipping = self.options.skip_nonfinite and not math.isfinite(float(norms[0]))
+            self.skipped += self.skipping
+        if len(norms) == 2:
+            self._squared_update = norms[1]
+            if self.options.reads_first and not self.skipping:  # this step's own comes after, and goes with the next
+                self._moved.zero_()
 
     def close(self, counts: bool) -> None:
-        """The step ends. A delayed one sends its counts off, to be awaited when the next step opens.
+        """The step ends. One that did not read first sends its numbers off, to be awaited when the next step opens.
 
         ``counts``: T goes on, where no evidence says so.
         """
@@ -127,20 +161,23 @@ class Statistics:
             self._memory[0] += counts
             self._memory[1] = 1.0
             self._memory[2:] = 0.0
-        elif self.options.sync == "delayed":
-            self._in_flight = self._buffer, self._all_reduce(self._buffer, async_op=True)
+        if not self.options.reads_first and len(self._buffer):
+            self._send_update()
+            self._in_flight = self._buffer, self._norms, self._all_reduce(self._buffer, async_op=True)
 
     def settle(self) -> None:
-        """Await counts in flight and remember them. Starts no collective."""
+        """Await the numbers in flight and remember them. Starts no collective."""
         if self._in_flight is not None:
-            buffer, work = self._in_flight
+            buffer, norms, work = self._in_flight
             self._in_flight = None
             if work is not None:
                 try:
                     work.wait()
                 except RuntimeError as error:
                     raise self._lost(error) from error
-            self._remember(self._counts(buffer), self._alpha[0])
+            if len(buffer) > len(norms):
+                self._remember(self._counts(buffer), self._alpha[0])
+            self._take_norms(norms)
 
     def strengths(self, segments: tuple[Segment, ...]) -> Tensor:
         """f where each of n segments agrees and where it conflicts: float64 (n, 2)."""
@@ -168,6 +205,14 @@ class Statistics:
         Reads the device: synchronises.
         """
         return None if self._squared_norm is None else float(self._squared_norm.sqrt())
+
+    def update_norm(self) -> float | None:
+        """The L2 norm of the last update of the whole model that is known; None before there is one.
+
+        Reads the device: synchronises.
+        """
+        squared = -1.0 if self._squared_update is None else float(self._squared_update)
+        return None if squared < 0 else math.sqrt(squared)
 
     def load(self, values: list[float]) -> None:
         """Take over [T, alpha, A, C] in place of this run's own; alphas by layer start at 1 again."""

@@ -94,19 +94,17 @@ class Step:
                 owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
             lists = by_device(owned, self._layout)
         chosen, wide = self._options, self._options.state_dtype is not None
-        # a threshold must know the clipped gradient, and with gamma=1 there is nothing but the norm
-        norm_first = chosen.with_norm and not (chosen.masked and (chosen.threshold == 0 or chosen.clip_norm is None))
-        if norm_first:
+        if chosen.norm_first:
             for segments, grads, momenta in lists:
                 self._statistics.add_norms(segments, self._kernels(grads).squared_norms(grads, momenta, wide=wide))
-            self._statistics.reduce_norm()
+            self._statistics.reduce_norms()
             scale = scale if chosen.clip_norm is None else self._statistics.clip_coefficient()
         if not chosen.masked or self._statistics.skipping:
             return
         for segments, grads, momenta in lists:
             counts, norms = self._kernels(grads).count(
                 grads, momenta, threshold=chosen.threshold, scale=self._directed(scale),
-                norms=chosen.with_norm and not norm_first, wide=wide,
+                norms=(chosen.with_norm or chosen.telemetry) and not chosen.norm_first, wide=wide,
             )  # fmt: skip
             if norms is not None:
                 self._statistics.add_norms(segments, norms)
@@ -139,7 +137,7 @@ class Step:
         scale = self._directed(clip if scale is None else scale)
         for group, part in held:
             kernels = self._kernels(part.params)
-            counts = kernels.update(
+            counts, squared_norms = kernels.update(
                 optimizer.direction,
                 part.params,
                 part.grads,
@@ -153,12 +151,15 @@ class Step:
                 else None,
                 hyperparameters=self._hyperparameters(group),
                 rounding=self._rounding(part.segments),
+                norms=chosen.telemetry,
             )
             if counts is not None:
                 self._statistics.add(part.segments, counts)
+            if squared_norms is not None:
+                self._statistics.add_update(part.segments, squared_norms)
 
     def close(self) -> None:
-        """The step has been applied to the whole model. Starts the all-reduce of a delayed step.
+        """The step has been applied to the whole model. Starts the all-reduce of one that did not read first.
 
         Raises RuntimeError out of order.
         """

@@ -142,15 +142,25 @@ Counts judge(const T* g, const T* m, int64_t n, T scale, T threshold) {
   return {evidence - conflict, conflict};
 }
 
-template <typename T>
-double squares(const T* g, int64_t n) {
+// The sum of value(i)^2 over n elements; value gives a double.
+template <typename Value>
+double sum_of_squares(int64_t n, const Value& value) {
   double lanes[kLanes] = {}, sum = 0;
+  const auto add = [&](int64_t i, int64_t lane) {
+    const double one = value(i);
+    lanes[lane] += one * one;
+  };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(g[i + lane]) * g[i + lane];
-  for (; i < n; ++i) lanes[0] += static_cast<double>(g[i]) * g[i];
+    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  for (; i < n; ++i) add(i, 0);
   for (const double lane : lanes) sum += lane;
   return sum;
+}
+
+template <typename T>
+double squares(const T* g, int64_t n) {
+  return sum_of_squares(n, [g](int64_t i) { return static_cast<double>(g[i]); });
 }
 
 // What decides and what multiplies a direction; a copy, so that the compiler sees that no store changes it.
@@ -269,10 +279,45 @@ Counts sweep_rounded(const Tensor& param, const Tensor& grad, const Tensor& firs
   return counts;
 }
 
+// ---- what an update is told to measure
+
+struct Norms {
+  double gradient = 0, change = 0;  // squared: of the gradient as it is, of new minus old parameters
+};
+
+constexpr int64_t kKept = 1 << 12;  // elements whose old values are kept at a time, in the cache nearest to a core
+
+// The elements of a part: where they lie, or if that is in bf16 in T in `wide`.
+template <typename T>
+const T* elements_of(const Tensor& tensor, const Chunk& part, T* wide) {
+  if (tensor.scalar_type() != at::kBFloat16) return tensor.const_data_ptr<T>() + part.begin;
+  widen(tensor.const_data_ptr<at::BFloat16>() + part.begin, wide, part.size);
+  return wide;
+}
+
+// pass(part) over a chunk, a part at a time, and the norms of what it did. Not a part of the pass: without this, that is
+// compiled and runs as if nobody could ask for norms.
+template <typename T, typename G, typename Pass>
+Norms measured(const Tensor& param, const Tensor& grad, const Chunk& chunk, const Pass& pass) {
+  T before[kKept], wide[kKept];
+  Norms squared;
+  const int64_t end = chunk.begin + chunk.size;
+  for (Chunk part{chunk.tensor, chunk.begin, 0}; part.begin < end; part.begin += part.size) {
+    part.size = std::min(kKept, end - part.begin);
+    std::memcpy(before, elements_of(param, part, wide), part.size * sizeof(T));
+    pass(part);
+    const T* after = elements_of(param, part, wide);
+    squared.change +=
+        sum_of_squares(part.size, [&](int64_t i) { return static_cast<double>(after[i]) - before[i]; });
+    with_gradient<T, G>(grad, part, [&](int64_t, const T* g, int64_t n) { squared.gradient += squares(g, n); });
+  }
+  return squared;
+}
+
 // ---- the operators: each returns the indices of the tensors that it cannot read, whose rows are 0: it left them alone
 
 using Odd = std::vector<int64_t>;
-using Updated = std::tuple<Tensor, Odd>;
+using Updated = std::tuple<Tensor, Tensor, Odd>;  // counts, norms, the odd ones
 
 Tensor sum_by_tensor(const std::vector<Chunk>& chunks, const std::vector<Counts>& counted, size_t tensors) {
   Tensor counts = at::zeros({static_cast<int64_t>(tensors), 2}, at::kLong);
@@ -323,13 +368,14 @@ std::tuple<Tensor, Tensor, Odd> count(TensorList grads, TensorList moments, doub
 }
 
 // One update of tensors that share hyperparameters: for each its direction, made by `direct` for (T, index). `rounding`
-// is empty, or holds n and the numbers of each tensor.
+// is empty, or holds n and the numbers of each tensor. Counts as `count` has them; with `norms` float64 (n, 2), Norms.
 template <typename Direct>
 Updated update(TensorList params, TensorList grads, TensorList firsts, TensorList seconds, const Tensor& strengths,
-               double threshold, double scale, at::IntArrayRef rounding, const Direct& direct) {
+               double threshold, double scale, at::IntArrayRef rounding, bool norms, const Direct& direct) {
   Odd odd = odd_ones({grads, params, firsts, seconds}, !rounding.empty());
   const auto chunks = chunks_of(params, odd);
   std::vector<Counts> counted(chunks.size());
+  std::vector<Norms> squared(norms ? chunks.size() : 0);
   const Tensor by_tensor = strengths.contiguous();
   for_each(params, chunks, [&](int64_t i, const Chunk& chunk) {
     const int64_t t = chunk.tensor;
@@ -337,46 +383,62 @@ Updated update(TensorList params, TensorList grads, TensorList firsts, TensorLis
     typed(firsts[t], grads[t], [&]<typename T, typename G>() {
       const Mask<T> mask{static_cast<T>(scale), static_cast<T>(threshold), static_cast<T>(f[0]), static_cast<T>(f[1])};
       const auto direction = direct.template operator()<T>(t);
-      if constexpr (std::is_same_v<T, float>)
-        if (!rounding.empty()) {
-          const Tensor* second = seconds.empty() ? nullptr : &seconds[t];
-          const auto pass = threshold > 0 ? sweep_rounded<true, G, std::decay_t<decltype(direction)>>
-                                          : sweep_rounded<false, G, std::decay_t<decltype(direction)>>;
-          counted[i] = pass(params[t], grads[t], firsts[t], second, chunk, mask, direction, rounding_of(rounding, t));
-          return;
-        }
-      T *p = params[t].mutable_data_ptr<T>(), *m = firsts[t].mutable_data_ptr<T>();
-      T* v = seconds.empty() ? nullptr : seconds[t].mutable_data_ptr<T>();
-      with_gradient<T, G>(grads[t], chunk, [&](int64_t at, const T* g, int64_t n) {
-        const Counts some = threshold > 0 ? sweep<true>(p + at, g, m + at, v + at, n, mask, direction)
-                                          : sweep<false>(p + at, g, m + at, v + at, n, mask, direction);
+      const auto add = [&](const Counts& some) {
         counted[i].agree += some.agree;
         counted[i].conflict += some.conflict;
-      });
+      };
+      const auto pass = [&](const Chunk& part) {
+        if constexpr (std::is_same_v<T, float>)
+          if (!rounding.empty()) {
+            const Tensor* second = seconds.empty() ? nullptr : &seconds[t];
+            const auto rounded = threshold > 0 ? sweep_rounded<true, G, std::decay_t<decltype(direction)>>
+                                               : sweep_rounded<false, G, std::decay_t<decltype(direction)>>;
+            add(rounded(params[t], grads[t], firsts[t], second, part, mask, direction, rounding_of(rounding, t)));
+            return;
+          }
+        T *p = params[t].mutable_data_ptr<T>(), *m = firsts[t].mutable_data_ptr<T>();
+        T* v = seconds.empty() ? nullptr : seconds[t].mutable_data_ptr<T>();
+        with_gradient<T, G>(grads[t], part, [&](int64_t at, const T* g, int64_t n) {
+          add(threshold > 0 ? sweep<true>(p + at, g, m + at, v + at, n, mask, direction)
+                            : sweep<false>(p + at, g, m + at, v + at, n, mask, direction));
+        });
+      };
+      if (norms)
+        squared[i] = measured<T, G>(params[t], grads[t], chunk, pass);
+      else
+        pass(chunk);
     });
   });
+  Tensor by_norm = at::zeros({norms ? static_cast<int64_t>(params.size()) : 0, 2}, at::kDouble);
+  for (size_t i = 0; i < squared.size(); ++i) {
+    double* row = by_norm.mutable_data_ptr<double>() + 2 * chunks[i].tensor;
+    row[0] += squared[i].gradient;
+    row[1] += squared[i].change;
+  }
   for (const TensorList list : {params, firsts, seconds})
     for (const Tensor& tensor : list)
       if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  return {sum_by_tensor(chunks, counted, params.size()), std::move(odd)};
+  return {sum_by_tensor(chunks, counted, params.size()), by_norm, std::move(odd)};
 }
 
 Updated adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& strengths,
               double threshold, double scale, double decay, at::ArrayRef<double> sizes, at::ArrayRef<double> steps,
-              double beta1, double beta2, double eps, double lookahead, at::IntArrayRef rounding) {
-  return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, rounding,
+              double beta1, double beta2, double eps, double lookahead, at::IntArrayRef rounding, bool norms) {
+  return update(params, grads, exp_avgs, exp_avg_sqs, strengths, threshold, scale, rounding, norms,
                 [&]<typename T>(int64_t t) { return Adam<T>(steps[t], decay, sizes[t], beta1, beta2, eps, lookahead); });
 }
 
 Updated lion_(TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& strengths, double threshold,
-              double scale, double decay, double size, double beta1, double beta2, at::IntArrayRef rounding) {
-  return update(params, grads, exp_avgs, {}, strengths, threshold, scale, rounding,
+              double scale, double decay, double size, double beta1, double beta2, at::IntArrayRef rounding,
+              bool norms) {
+  return update(params, grads, exp_avgs, {}, strengths, threshold, scale, rounding, norms,
                 [&]<typename T>(int64_t) { return Lion<T>(decay, size, beta1, beta2); });
 }
 
 Updated sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& strengths, double threshold,
-             double scale, double decay, double size, double momentum, bool nesterov, at::IntArrayRef rounding) {
-  return update(params, grads, momentum_buffers, {}, strengths, threshold, scale, rounding,
+             double scale, double decay, double size, double momentum, bool nesterov, at::IntArrayRef rounding,
+             bool norms) {
+  return update(params, grads, momentum_buffers, {}, strengths, threshold, scale, rounding, norms,
                 [&]<typename T>(int64_t) { return Sgd<T>(decay, size, momentum, nesterov); });
 }
 
@@ -401,13 +463,15 @@ TORCH_LIBRARY(alphaadam, library) {
   library.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor strengths, "
       "float threshold, float scale, float decay, float[] sizes, float[] steps, float beta1, float beta2, float eps, "
-      "float lookahead=0., int[] rounding=[]) -> (Tensor, int[])");
+      "float lookahead=0., int[] rounding=[], *, bool norms=False) -> (Tensor, Tensor, int[])");
   library.def(
       "lion_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor strengths, float threshold, "
-      "float scale, float decay, float size, float beta1, float beta2, int[] rounding=[]) -> (Tensor, int[])");
+      "float scale, float decay, float size, float beta1, float beta2, int[] rounding=[], *, bool norms=False) -> "
+      "(Tensor, Tensor, int[])");
   library.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor strengths, float threshold, "
-      "float scale, float decay, float size, float momentum, bool nesterov, int[] rounding=[]) -> (Tensor, int[])");
+      "float scale, float decay, float size, float momentum, bool nesterov, int[] rounding=[], *, bool norms=False) -> "
+      "(Tensor, Tensor, int[])");
   library.def("advance_(Tensor(a!)[] steps) -> float[]");
 }
 

@@ -45,18 +45,19 @@ def _describe() -> None:
     """Tell torch.compile and FakeTensor the shapes that come out of the operators."""
     torch.library.register_fake("alphaadam::count", _fake_count)
     for operator, _ in _KERNELS.values():
-        torch.library.register_fake(f"alphaadam::{operator}", _fake_counts)
+        torch.library.register_fake(f"alphaadam::{operator}", _fake_update)
 
 
 def _fake_count(
     grads: list[Tensor], momenta: list[Tensor], threshold: float, scale: float, norms: bool, wide: bool = False
 ) -> tuple[Tensor, Tensor, list[int]]:
     squared_norms = torch.empty(len(grads) if norms else 0, dtype=torch.float64, device="cpu")
-    return _fake_counts(grads)[0], squared_norms, []
+    return torch.empty((len(grads), 2), dtype=torch.int64, device="cpu"), squared_norms, []
 
 
-def _fake_counts(tensors: list[Tensor], *_: Any) -> tuple[Tensor, list[int]]:
-    return torch.empty((len(tensors), 2), dtype=torch.int64, device="cpu"), []
+def _fake_update(tensors: list[Tensor], *_: Any, norms: bool = False, **__: Any) -> tuple[Tensor, Tensor, list[int]]:
+    squared = torch.empty((len(tensors) if norms else 0, 2), dtype=torch.float64, device="cpu")
+    return torch.empty((len(tensors), 2), dtype=torch.int64, device="cpu"), squared, []
 
 
 def count(
@@ -105,28 +106,31 @@ def update(
     steps: list[float] | None,
     hyperparameters: Mapping[str, Any],
     rounding: Rounding | None = None,
-) -> Tensor | None:
+    norms: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
     """As :func:`reference.update`, in one pass and without temporary tensors."""
     if direction not in _KERNELS or not grads:
         return reference.update(
             direction, params, grads, moments, strengths=strengths, threshold=threshold, scale=scale,
-            counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding,
+            counting=counting, steps=steps, hyperparameters=hyperparameters, rounding=rounding, norms=norms,
         )  # fmt: skip
     operator, numbers = _KERNELS[direction]
-    counts, odd = getattr(torch.ops.alphaadam, operator)(
+    counts, squared, odd = getattr(torch.ops.alphaadam, operator)(
         params, grads, *moments, strengths.cpu(), threshold, _number(scale), *numbers(steps, hyperparameters),
-        [] if rounding is None else rounding.numbers(),
+        [] if rounding is None else rounding.numbers(), norms=norms,
     )  # fmt: skip
     for i in odd:
         grad, again = in_order(grads[i], params[i])
-        one = (update if again else reference.update)(
+        one, norm = (update if again else reference.update)(
             direction, [params[i]], [grad], [[moment[i]] for moment in moments], strengths=strengths[i : i + 1],
             threshold=threshold, scale=scale, counting=counting, steps=None if steps is None else [steps[i]],
-            hyperparameters=hyperparameters, rounding=None if rounding is None else rounding.of([i]),
+            hyperparameters=hyperparameters, rounding=None if rounding is None else rounding.of([i]), norms=norms,
         )  # fmt: skip
         if one is not None:
             counts[i] = one[0]
-    return counts if counting else None
+        if norm is not None:
+            squared[i] = norm[0]
+    return counts if counting else None, squared if norms else None
 
 
 def advance(steps: list[Tensor]) -> list[float]:

@@ -42,10 +42,10 @@ def count(
 def squared_norms(grads: Sequence[Tensor], momenta: Sequence[Tensor], *, wide: bool = False) -> Tensor:
     """Squared L2 norm of each shard's gradient in the dtype of its moment, or fp32: float64 (n,). Mutates nothing."""
     norms = [
-        torch.linalg.vector_norm(grad.to(torch.float32 if wide else momentum.dtype), dtype=torch.float64)
+        _squared_norm(grad.to(torch.float32 if wide else momentum.dtype))
         for grad, momentum in zip(grads, momenta, strict=True)
     ]
-    return torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64, device="cpu")
+    return torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def update(
@@ -61,7 +61,8 @@ def update(
     steps: list[float] | None,
     hyperparameters: Mapping[str, Any],
     rounding: Rounding | None = None,
-) -> Tensor | None:
+    norms: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
     """One update of shards that share hyperparameters. Mutates params and moments.
 
     Args:
@@ -73,21 +74,26 @@ def update(
         steps: t of each shard, this update counted, for a direction that takes it.
         hyperparameters: the direction's others, by name.
         rounding: compute in fp32 and round what is kept in bf16 by it.
+        norms: return squared L2 norms too, float64 of shape (n, 2): of each gradient before scaling, and of what each
+            parameter is afterwards minus what it was, rounding included.
     """
-    rows = []
+    rows, squared = [], []
     strengths = strengths.to(params[0].device) if params else strengths
     for i, (param, given, *own) in enumerate(zip(params, grads, *moments, strict=True)):
         grad = _true(given, scale, own[0].dtype if rounding is None else torch.float32)
         agree, conflict = rule.classify(grad, own[0].to(grad.dtype), threshold)
         f = rule.factor(agree, conflict, strengths[i, 0], strengths[i, 1], grad.dtype)
         step = {} if steps is None else {"step": steps[i]}
+        before = param.clone() if norms else None
         if rounding is None:
             direction(param, grad, *own, f, **step, **hyperparameters)
         else:
             rule.rounded_(direction, param, grad, own, f, rounding, i, **step, **hyperparameters)
         if counting:
             rows.append(torch.stack((agree.sum(), conflict.sum())))
-    return _stacked(rows) if counting else None
+        if before is not None:
+            squared.append(torch.stack((_squared_norm(given.to(grad.dtype)), _squared_norm(param.double() - before))))
+    return _stacked(rows) if counting else None, _stacked(squared, torch.float64) if norms else None
 
 
 def advance(steps: list[Tensor]) -> list[float]:
@@ -96,8 +102,12 @@ def advance(steps: list[Tensor]) -> list[float]:
     return [step.item() for step in steps]
 
 
-def _stacked(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows) if rows else torch.zeros((0, 2), dtype=torch.int64, device="cpu")
+def _stacked(rows: list[Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros((0, 2), dtype=dtype, device="cpu")
+
+
+def _squared_norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
 def _true(grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:

@@ -119,8 +119,7 @@ def _count_alike(
                 T=tl.float32 if wide else _TYPES[momenta[0].dtype], SCALE=scale is not None, THRESHOLD=threshold > 0,
                 NORMS=norms, BLOCK=BLOCK, enable_fp_fusion=False,
             )  # fmt: skip
-    # unsafe: else it reads the lengths on the host, to check them
-    return counts, torch.segment_reduce(squares, "sum", lengths=programs_of, unsafe=True) if norms else None
+    return counts, _by_tensor(squares, programs_of) if norms else None
 
 
 def update(
@@ -136,10 +135,12 @@ def update(
     steps: list[float] | Tensor | None,
     hyperparameters: Mapping[str, Any],
     rounding: Rounding | None = None,
-) -> Tensor | None:
+    norms: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
     """As :func:`reference.update`, in one launch. ``steps`` may be a float32 tensor of shape (n,) on the device."""
     options: dict[str, Any] = {
         "threshold": threshold, "scale": scale, "counting": counting, "hyperparameters": hyperparameters,
+        "norms": norms,
     }  # fmt: skip
     parts, odd = _parts(grads, params, moments, rounding is not None)
     if direction not in _KERNELS:
@@ -158,13 +159,14 @@ def update(
             direction, params, grads, moments, strengths=strengths, steps=steps, rounding=rounding, **options
         )
     rows: dict[int, Tensor] = {}
+    squares: dict[int, Tensor] = {}
     for alone, part in [*((False, part) for part in parts), *((True, [i]) for i in odd)]:
-        kernel: Callable[..., Tensor | None] = _update_alike
+        kernel: Callable[..., tuple[Tensor | None, Tensor | None]] = _update_alike
         some = [grads[i] for i in part]
         if alone:
             some[0], again = in_order(some[0], params[part[0]])
             kernel = update if again else reference.update
-        counts = kernel(
+        counts, squared = kernel(
             direction, [params[i] for i in part], some, [[of[i] for i in part] for of in moments],
             strengths=torch.stack([strengths[i] for i in part]),
             steps=None if steps is None else torch.stack([steps[i] for i in part])
@@ -172,26 +174,31 @@ def update(
             rounding=None if rounding is None else rounding.of(part), **options,
         )  # fmt: skip
         rows.update(zip(part, () if counts is None else counts.unbind(), strict=counts is not None))
-    return torch.stack([rows[i] for i in range(len(grads))]) if counting else None
+        squares.update(zip(part, () if squared is None else squared.unbind(), strict=squared is not None))
+    return (
+        torch.stack([rows[i] for i in range(len(grads))]) if counting else None,
+        torch.stack([squares[i] for i in range(len(grads))]) if norms else None,
+    )
 
 
 def _update_alike(
     direction: Callable[..., None], params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], *,
     strengths: Tensor, threshold: float, scale: Tensor | float | None, counting: bool,
-    steps: list[float] | Tensor | None, hyperparameters: Mapping[str, Any], rounding: Rounding | None,
-) -> Tensor | None:  # fmt: skip
+    steps: list[float] | Tensor | None, hyperparameters: Mapping[str, Any], rounding: Rounding | None, norms: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """:func:`update` of tensors that one launch takes."""
     which, columns_of = _KERNELS[direction]
     device = params[0].device
-    work, table, _ = _tables([grads, params, *moments])
+    work, table, programs_of = _tables([grads, params, *moments])
     numbers = _columns(columns_of(steps, hyperparameters), len(params), device)
     counts = torch.zeros((len(params) if counting else 0, 2), dtype=torch.int64, device=device)
+    squares = torch.zeros((len(work) if norms else 0, 2), dtype=torch.float64, device=device)
     strengths = strengths.to(device)
     assert strengths.stride(1) == 1
     options: dict[str, Any] = {
         "DIRECTION": which, "NESTEROV": bool(hyperparameters.get("nesterov")),
         "G": _TYPES[grads[0].dtype], "SCALE": scale is not None, "THRESHOLD": threshold > 0, "COUNTING": counting,
-        "enable_fp_fusion": False,
+        "NORMS": norms, "enable_fp_fusion": False,
     }  # fmt: skip
     P = _TYPES[params[0].dtype]
     if len(work):
@@ -201,12 +208,18 @@ def _update_alike(
         )  # fmt: skip
         with torch.cuda.device_of(counts):  # as in count
             if rounding is None:
-                _update[(len(work),)](*read, counts, T=P, BLOCK=BLOCK, **options)
+                _update[(len(work),)](*read, counts, squares, T=P, BLOCK=BLOCK, **options)
             else:
                 places = device_tables.sent(np.array(rounding.numbers(), dtype=np.int64), device)
-                _update_rounded[(len(work),)](*read, places, counts, P=P, BLOCK=ROUNDED_BLOCK, **options)
+                _update_rounded[(len(work),)](*read, places, counts, squares, P=P, BLOCK=ROUNDED_BLOCK, **options)
     torch.autograd.graph.increment_version([*params, *(tensor for tensors in moments for tensor in tensors)])
-    return counts if counting else None
+    return counts if counting else None, _by_tensor(squares, programs_of) if norms else None
+
+
+def _by_tensor(squares: Tensor, programs_of: Tensor) -> Tensor:
+    """What the programs of each tensor found, added up in a fixed order."""
+    # unsafe: else it reads the lengths on the host, to check them
+    return torch.segment_reduce(squares, "sum", lengths=programs_of, unsafe=True)
 
 
 Column = Tensor | float | list[float]

@@ -116,6 +116,20 @@ def _add(counts, tensor, evidence, conflicts):
     tl.atomic_add(counts + 2 * tensor + 1, conflict)
 
 
+@triton.jit
+def _squared_change(now, before, inside):
+    """(new - old)^2 in float64; 0 outside of the tensor, where eps = 0 makes a NaN."""
+    change = now.to(tl.float64) - before.to(tl.float64)
+    return tl.where(inside, change * change, 0.0)
+
+
+@triton.jit
+def _write_norms(squares, norm, moved):
+    """Squared norms of a program's gradients and of its changes."""
+    tl.store(squares + 2 * tl.program_id(0), norm)
+    tl.store(squares + 2 * tl.program_id(0) + 1, moved)
+
+
 # What the kernels read and write. Float64 where nothing is said; `tensors` is the length of a list.
 #
 #   work       int64 (programs, 4)     which tensor a program takes, and the elements start, whole and stop in it
@@ -130,7 +144,8 @@ def _add(counts, tensor, evidence, conflicts):
 #                                      1 - beta2; for SGD momentum; zeros. `decay` and `size` are rule.decay_of and
 #                                      rule.size_of
 #   counts     int64 (tensors, 2)      agree and conflict, added to; Statistics.add reads them
-#   squares    (programs,)             the squared norm of what a program read; count adds them up by tensor
+#   squares    (programs,)             written with NORMS: the squared norm of what a program read, which are added up
+#              (programs, 2) of update by tensor; of an update that and the squared norm of new minus old parameters
 #
 # Nothing is specialised for a value: another number of tensors or another address compiles nothing in mid-run.
 _FIXED = ("work", "table", "tensors", "scale", "threshold", "strengths", "strengths_stride", "numbers", "rounding",
@@ -175,15 +190,16 @@ def _count(
 @triton.jit(do_not_specialize=_FIXED)
 def _update(
     work, table, tensors, scale, threshold, strengths, strengths_stride, numbers,  # read
-    counts,  # written, as the tensors in the table but the gradients
+    counts, squares,  # written, as the tensors in the table but the gradients
     DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
-    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, NORMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor, start, whole, stop = _task(work, tl.program_id(0), BLOCK)
     bound, factor = tl.load(threshold).to(T), tl.load(scale).to(T)
     f_agree = tl.load(strengths + tensor * strengths_stride).to(T)
     f_conflict = tl.load(strengths + tensor * strengths_stride + 1).to(T)
     decay, size, third, fourth, beta2, gain, eps, fresh = _numbers(numbers, tensor, T)
+    norm, moved = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
     for WHOLE in tl.static_range(1, -1, -1):  # the blocks that are, then the rest
         grads = _pointer(table, 0, tensors, tensor, G, WHOLE)
         params = _pointer(table, 1, tensors, tensor, T, WHOLE)
@@ -191,6 +207,8 @@ def _update(
         seconds = _pointer(table, 3, tensors, tensor, T, WHOLE) if DIRECTION == ADAM else firsts
         evidence = tl.zeros([BLOCK if WHOLE else REST], tl.int32)
         conflicts = tl.zeros([BLOCK if WHOLE else REST], tl.int32)
+        squared = tl.zeros([BLOCK if WHOLE else REST], tl.float64)
+        changed = tl.zeros([BLOCK if WHOLE else REST], tl.float64)
         for at in range(start if WHOLE else whole, whole if WHOLE else stop, BLOCK if WHOLE else REST):
             offsets = at + tl.arange(0, BLOCK if WHOLE else REST)
             inside = offsets < stop
@@ -198,6 +216,9 @@ def _update(
             p = _read(params + offsets, inside, WHOLE)
             m = _read(firsts + offsets, inside, WHOLE)
             v = _read(seconds + offsets, inside, WHOLE) if DIRECTION == ADAM else m
+            before = p
+            if NORMS:
+                squared += g.to(tl.float64) * g.to(tl.float64)
             if SCALE:
                 g *= factor
             against = _opposes(g, m, bound, THRESHOLD)
@@ -208,12 +229,19 @@ def _update(
             p, m, v = _stepped(
                 p, g, m, v, f, decay, size, third, fourth, beta2, gain, eps, fresh, DIRECTION, NESTEROV, T
             )  # fmt: skip
+            if NORMS:
+                changed += _squared_change(p, before, inside)
             _write(params + offsets, p, inside, WHOLE)
             _write(firsts + offsets, m, inside, WHOLE)
             if DIRECTION == ADAM:
                 _write(seconds + offsets, v, inside, WHOLE)
         if COUNTING:
             _add(counts, tensor, evidence, conflicts)
+        if NORMS:
+            norm += tl.sum(squared)
+            moved += tl.sum(changed)
+    if NORMS:
+        _write_norms(squares, norm, moved)
 
 
 @triton.jit
@@ -232,9 +260,9 @@ def _rounded(value, word0, word1, word2, word3, LANE: tl.constexpr):
 @triton.jit(do_not_specialize=_FIXED)
 def _update_rounded(
     work, table, tensors, scale, threshold, strengths, strengths_stride, numbers, rounding,  # read
-    counts,  # written, as the tensors in the table but the gradients
+    counts, squares,  # written, as the tensors in the table but the gradients
     DIRECTION: tl.constexpr, NESTEROV: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, COUNTING: tl.constexpr, NORMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As _update in fp32, of moments in bf16 and parameters in P.
 
@@ -257,6 +285,7 @@ def _update_rounded(
     inner, stride = tl.load(bits + 2), tl.load(bits + 3)
     evidence = tl.zeros([BLOCK // LANES], tl.int32)
     conflicts = tl.zeros([BLOCK // LANES], tl.int32)
+    squared, changed = tl.zeros([BLOCK // LANES], tl.float64), tl.zeros([BLOCK // LANES], tl.float64)
     number = tl.arange(0, BLOCK // LANES).to(tl.int64)
     while at < end:
         place = first + at // inner * stride + at % inner
@@ -275,6 +304,9 @@ def _update_rounded(
             p = _read(params + offsets, inside, False).to(tl.float32)
             m = _read(firsts + offsets, inside, False).to(tl.float32)
             v = _read(seconds + offsets, inside, False).to(tl.float32) if DIRECTION == ADAM else m
+            before = p
+            if NORMS:
+                squared += g.to(tl.float64) * g.to(tl.float64)
             if SCALE:
                 g *= factor
             against = _opposes(g, m, bound, THRESHOLD)
@@ -285,10 +317,15 @@ def _update_rounded(
             p, m, v = _stepped(
                 p, g, m, v, f, decay, size, third, fourth, beta2, gain, eps, fresh, DIRECTION, NESTEROV, tl.float32
             )  # fmt: skip
-            _write(params + offsets, _rounded(p, p0, p1, p2, p3, lane) if tl.bfloat16 == P else p, inside, False)
+            kept = _rounded(p, p0, p1, p2, p3, lane) if tl.bfloat16 == P else p
+            if NORMS:
+                changed += _squared_change(kept.to(tl.float32), before, inside)
+            _write(params + offsets, kept, inside, False)
             _write(firsts + offsets, _rounded(m, m0, m1, m2, m3, lane), inside, False)
             if DIRECTION == ADAM:
                 _write(seconds + offsets, _rounded(v, v0, v1, v2, v3, lane), inside, False)
         at = tl.minimum(stop, at - place + place // (CALLS * LANES) * (CALLS * LANES) + BLOCK)
     if COUNTING:
         _add(counts, tensor, evidence, conflicts)
+    if NORMS:
+        _write_norms(squares, tl.sum(squared), tl.sum(changed))

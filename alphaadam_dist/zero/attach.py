@@ -1,6 +1,7 @@
 """Makes an engine's steps count the whole model, once DeepSpeed has wrapped the optimizer."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -73,7 +74,7 @@ def _use_layout(
     )
     consensus.settle(layout, optimizer._run.options, engine.seq_data_parallel_group)
     replicas.prove(layout, optimizer)
-    optimizer._run.layout, optimizer._run.driver = layout, Driver(layout)
+    optimizer._run.layout, optimizer._run.driver = layout, Driver(layout, internals.grad_norm_of(engine))
     return layout, shards, names
 
 
@@ -181,4 +182,5 @@ def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: 
         opened.update(scale=factor)
 
     zero.step, zero.unscale_and_clip_grads = whole_step, count_then_leave_scaled
-    optimizer._run.driver = Driver(unused.layout, update_part)
+    assert optimizer._run.driver is not None
+    optimizer._run.driver = replace(optimizer._run.driver, layout=unused.layout, update_part=update_part)

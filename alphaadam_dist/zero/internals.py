@@ -36,8 +36,8 @@ CLASS_NAMES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": (
         "_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check",
         "_get_gradients_for_reduction", "autotp_size", "bf16_master_weights_and_gradients", "bf16_optimizer_states",
-        "fp16_enabled", "fp16_master_weights_and_gradients", "gradient_clipping", "load_universal_checkpoint",
-        "managed_gradient_accumulation",
+        "fp16_enabled", "fp16_master_weights_and_gradients", "get_global_grad_norm", "gradient_clipping",
+        "load_universal_checkpoint", "managed_gradient_accumulation",
         "optimizer_name", "optimizer_params", "steps_per_print", "super_offload", "torch_autocast_dtype",
         "torch_autocast_enabled", "zenflow_config", "zero_elastic_checkpoint", "zero_offload_optimizer",
         "zero_optimization_stage", "zero_partial_offload",
@@ -223,6 +223,7 @@ class Replicated(AtOnce):
             # it was made to step once with zero gradients, which decayed the masters and counted as a step
             self.optimizer.state.clear()
             self.optimizer._run.n = 0
+            self.optimizer._run.statistics = None
             self.zero.refresh_fp32_params()
             if engine.fp16_enabled():
                 warnings.warn(
@@ -442,6 +443,18 @@ def wrapper_of(engine: Any) -> Wrapper:
         if isinstance(engine.optimizer, theirs):
             return ours(engine)
     return Replicated(engine)
+
+
+def grad_norm_of(engine: Any) -> Callable[[], float | None] | None:
+    """What reads DeepSpeed's norm of the last step's gradient, unscaled and not clipped; None where it takes none."""
+    if engine.optimizer is engine.basic_optimizer:
+        return None
+
+    def read() -> float | None:
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    return read
 
 
 def unscale_factor(zero: Any, total_norm: Any) -> Tensor:

@@ -191,6 +191,8 @@ FURTHER: dict[str, Sharding] = {
 }
 """What is built from the same: fewer settings tell."""
 
+NORMS = ("grad_norm", "update_norm")
+
 REPLICATED = ("plain", "ddp", *(name for name in FURTHER if name.startswith("ddp")), "fsdp1-not-sharded")
 
 
@@ -226,13 +228,13 @@ def run(
     """On a rank: steps with given gradients; alphas, counts, collectives and what the rank then holds.
 
     ``dtype`` is the parameters', ``groups`` are entries for parameter_groups. Moments are told of where they are kept
-    by parameter.
+    by parameter. With telemetry ``norms`` are what metrics() has of each step.
     """
     _, shard, extra = (REGIMES | FURTHER)[regime]
     model = shard(Given().to(dtype))
     params: Any = model.named_parameters() if groups is None else parameter_groups(model, groups, kind)
     optimizer = kind(params, **{"lr": LR, "weight_decay": 0.1, **options, **extra()})
-    seen, collectives = [], []
+    seen, collectives, norms = [], [], []
     for gradients in given_gradients(steps, seed):
         give(model, gradients)
         with threads.Collectives() as counted:
@@ -240,9 +242,10 @@ def run(
         optimizer.zero_grad()
         collectives.append(counted.seen)
         seen.append(observe(optimizer))
+        norms += [[optimizer.metrics()[name] for name in NORMS]] if options.get("telemetry") else []
     held = {"params": pieces.of_model(model, SHAPES)}
     if not isinstance(model, FullyShardedDataParallel):
         named = [(n, p) for n, p in pieces.clean(model) if p.requires_grad]
         for name in kind.moments:
             held[name] = pieces.pieces(named, SHAPES, {p: optimizer.state[p][name] for _, p in named})
-    return {"seen": seen, "collectives": collectives, **held}
+    return {"seen": seen, "collectives": collectives, "norms": norms, **held}

@@ -19,13 +19,14 @@ from tests.zero import engine
 pytestmark = pytest.mark.slow
 
 NAMES = ("alpha", "agreement", "evidence", "steps")
+TELEMETRY = ("grad_norm", "update_norm")
 STEPS = 6
 
 
 class Reads:
     """Counts how often the statistics are read from the device: every way to the host goes through these."""
 
-    METHODS = ((Statistics, "state"), (Statistics, "alphas"))
+    METHODS = tuple((Statistics, name) for name in ("state", "alphas", "norm", "update_norm"))
 
     def __enter__(self) -> Reads:
         self.count = 0
@@ -85,8 +86,14 @@ def from_tensorboard(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize(
     ("every", "accumulate", "options"),
-    [(2, 1, {}), (3, 2, {"sync": "delayed"}), (2, 1, {"scope": "layer"})],
-    ids=["exact", "delayed-accumulated", "layer"],
+    [
+        (2, 1, {}),
+        (3, 2, {"sync": "delayed"}),
+        (2, 1, {"scope": "layer"}),
+        (2, 1, {"telemetry": True}),
+        (3, 2, {"telemetry": True, "sync": "delayed"}),
+    ],
+    ids=["exact", "delayed-accumulated", "layer", "telemetry", "telemetry-delayed-accumulated"],
 )
 def test_monitor_of_deepspeed(
     ranks2: Ranks, tmp_path: Path, every: int, accumulate: int, options: dict[str, Any]
@@ -96,7 +103,7 @@ def test_monitor_of_deepspeed(
     logged = [step for step in range(1, STEPS + 1) if step % every == 0]
     assert [step for step, reads in enumerate(ranks[0]["reads"], 1) if reads] == logged
     assert ranks[1]["reads"] == [0] * STEPS
-    for name in NAMES:
+    for name in (*NAMES, *(TELEMETRY if "telemetry" in options else ())):
         expected = [(ranks[0]["samples"][step - 1], ranks[0]["truth"][step - 1][name]) for step in logged]
         assert from_csv(tmp_path, name) == expected
         written = from_tensorboard(tmp_path / "tensorboard", f"Train/AlphaAdam/{name}")
@@ -147,8 +154,14 @@ def under_the_trainer(folder: str, ds_config: dict[str, Any] | None, every: int,
 
 @pytest.mark.parametrize(
     ("config", "options"),
-    [(None, {}), (trainer.auto_config(2), {}), (trainer.client_config(3), {"sync": "delayed"})],
-    ids=["ddp", "zero2", "zero3-delayed"],
+    [
+        (None, {}),
+        (trainer.auto_config(2), {}),
+        (trainer.client_config(3), {"sync": "delayed"}),
+        (None, {"telemetry": True}),
+        (trainer.client_config(3), {"sync": "delayed", "telemetry": True}),
+    ],
+    ids=["ddp", "zero2", "zero3-delayed", "ddp-telemetry", "zero3-delayed-telemetry"],
 )
 def test_logs_of_hf(ranks2: Ranks, tmp_path: Path, config: dict[str, Any] | None, options: dict[str, Any]) -> None:
     """Each entry with a training loss has what one process has at that step; other steps read nothing."""
@@ -163,9 +176,13 @@ def test_logs_of_hf(ranks2: Ranks, tmp_path: Path, config: dict[str, Any] | None
             truth = expected[entry["step"] - 1]
             assert {name: entry.get(name) for name in NAMES} == pytest.approx(truth, abs=1e-3)
         assert all("alpha" not in entry for entry in result["logs"] if "loss" not in entry)
+        assert all(("update_norm" in entry) == ("telemetry" in options) for entry in entries)
     for name in NAMES:
         written = from_tensorboard(tmp_path, f"train/{name}")
         assert written == [(step, pytest.approx(expected[step - 1][name], abs=1e-3)) for step in (2, 4, 6)]
+    if "telemetry" in options:
+        logged = [(entry["step"], pytest.approx(entry["update_norm"])) for entry in entries]
+        assert from_tensorboard(tmp_path, "train/update_norm") == logged
 
 
 def in_numbers(seen: tuple[float, dict[str, float]], step: int) -> dict[str, float]:

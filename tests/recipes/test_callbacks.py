@@ -57,6 +57,13 @@ def test_the_trainers_own_norm_stays():
     assert _log(_stepped(clip_norm=1.0), {"loss": 1.0})["grad_norm"] == 2.0
 
 
+def test_the_norm_of_the_update_is_beside_the_trainers_own_norm():
+    logs = _log(_stepped(telemetry=True), {"loss": 1.0, "grad_norm": 7.0})
+    assert logs["grad_norm"] == 7.0
+    assert logs["update_norm"] == pytest.approx(0.002 * 1.01, rel=0.02)  # a rate of 0.001 on four ones, and its decay
+    assert _log(_stepped(telemetry=True), {"loss": 1.0})["grad_norm"] == 2.0
+
+
 def test_only_entries_with_a_training_loss_get_them():
     assert _log(_stepped(), {"eval_loss": 1.0}) == {"eval_loss": 1.0}
 

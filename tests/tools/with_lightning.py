@@ -34,7 +34,7 @@ class Regression(lightning.LightningModule):
 
     def configure_optimizers(self) -> AlphaAdam:
         """The line to change."""
-        return AlphaAdam(self.named_parameters(), lr=1e-2, sync=self.sync)
+        return AlphaAdam(self.named_parameters(), lr=1e-2, sync=self.sync, telemetry=True)
 
     def on_train_start(self) -> None:
         """Behind all that wraps the model and the optimizer."""
@@ -47,7 +47,10 @@ class Regression(lightning.LightningModule):
         return (self.layers(given) - wanted).square().mean()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Keep alpha."""
+        """Log as docs/your-tool.md says, and keep alpha."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            numbers = self.trainer.optimizers[0].metrics()
+            self.log_dict({name: value for name, value in numbers.items() if value is not None})
         self.alphas.append(self.trainer.optimizers[0].alpha)
 
 
@@ -59,9 +62,10 @@ if __name__ == "__main__":
     chosen = DDPStrategy(process_group_backend="gloo") if strategy == "ddp" else ModelParallelStrategy(2, 1)
     trainer = lightning.Trainer(
         accelerator="cpu", devices=2, strategy=chosen, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(out).parent,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(out).parent, log_every_n_steps=5,
     )  # fmt: skip
     model = Regression(*options)
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))
+    assert min(float(trainer.callback_metrics[name]) for name in ("grad_norm", "update_norm")) > 0
     if trainer.is_global_zero:
         Path(out).write_text(json.dumps(model.alphas))

@@ -58,12 +58,26 @@ def case(
 
 
 def options_of_update(direction: str, tensors: int, threshold: float, scale: Any) -> dict[str, Any]:
-    """For an update that counts, with strengths and a step of each tensor's own."""
+    """For an update that counts and takes norms, with strengths and a step of each tensor's own."""
     return {
         "strengths": torch.tensor([[1.0 + i, 0.25] for i in range(tensors)], dtype=torch.float64).reshape(-1, 2),
-        "threshold": threshold, "scale": scale, "counting": True, "hyperparameters": DIRECTIONS[direction][2],
+        "threshold": threshold, "scale": scale, "counting": True, "norms": True,
+        "hyperparameters": DIRECTIONS[direction][2],
         "steps": [1.0 + 9 * i for i in range(tensors)] if "adam" in direction else None,
     }  # fmt: skip
+
+
+def assert_norms(
+    norms: Tensor | None, grads: list[Tensor], before: list[Tensor], params: list[Tensor], computed: torch.dtype
+) -> None:
+    """Squared norms of an update: of gradients in the dtype that is computed in, and of what parameters moved by."""
+    expected = [
+        [float((grad.to(computed).double() ** 2).sum()), float(((param.double() - was.double()) ** 2).sum())]
+        for grad, was, param in zip(grads, before, params, strict=True)
+    ]
+    assert norms is not None
+    plain = torch.tensor(expected, dtype=torch.float64).reshape(-1, 2)
+    torch.testing.assert_close(norms.cpu(), plain, rtol=1e-12, atol=0.0, equal_nan=True)
 
 
 def with_odd_ones() -> dict[str, Tensor]:

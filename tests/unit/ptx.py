@@ -29,16 +29,17 @@ POINTERS = {
 
 
 def jobs() -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """A name, the kernel, and what it is compiled for: all that adds registers is on."""
+    """A name, the kernel, and what it is compiled for: all that adds registers is on, but norms where not named."""
     for own, grads in (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64")):
         common = {"G": TYPES[grads], "SCALE": True, "THRESHOLD": True, "BLOCK": kernels.BLOCK}
         yield f"count {own} {grads}", kernels._count, {
             **common, "T": TYPES[own], "M": TYPES[own], "NORMS": True,
         }  # fmt: skip
         for direction, kind in enumerate(("adam", "lion", "sgd")):
-            update = {**common, "DIRECTION": direction, "NESTEROV": True, "COUNTING": True}
+            update = {**common, "DIRECTION": direction, "NESTEROV": True, "COUNTING": True, "NORMS": False}
             yield f"{kind} {own} {grads}", kernels._update, {**update, "T": TYPES[own]}
             if own == "fp32":
+                yield f"{kind} norms {grads}", kernels._update, {**update, "T": TYPES[own], "NORMS": True}
                 yield f"{kind} rounded {grads}", kernels._update_rounded, {
                     **update, "P": TYPES[grads], "BLOCK": kernels.ROUNDED_BLOCK,
                 }  # fmt: skip

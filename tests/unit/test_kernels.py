@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, kernels, rule
 from alphaadam_dist.kernels import build, cpu, reference
 
-from .kernel_cases import DIRECTIONS, SIZES, case, options_of_update, placed, same, with_odd_ones
+from .kernel_cases import DIRECTIONS, SIZES, assert_norms, case, options_of_update, placed, same, with_odd_ones
 
 sizes = st.lists(st.sampled_from(SIZES), max_size=5)
 
@@ -46,10 +46,12 @@ def test_update(
     params_before = [p.clone() for p in params]
     expected_params, expected_moments = [p.clone() for p in params], [[m.clone() for m in ms] for ms in moments]
     options = options_of_update(direction, len(sizes), threshold, scale)
-    expected = reference.update(function, expected_params, grads, expected_moments, **options)
-    counts = cpu.update(function, params, grads, moments, **options)
+    expected, expected_norms = reference.update(function, expected_params, grads, expected_moments, **options)
+    counts, norms = cpu.update(function, params, grads, moments, **options)
     assert counts is not None
     assert torch.equal(counts, expected)
+    assert_norms(norms, grads, params_before, params, dtype)
+    assert_norms(expected_norms, grads, params_before, expected_params, dtype)
     for ours, theirs in zip([m for ms in moments for m in ms], [m for ms in expected_moments for m in ms], strict=True):
         assert same(ours, theirs).all()
     for before, ours, theirs in zip(params_before, params, expected_params, strict=True):
@@ -99,7 +101,7 @@ def test_no_bit_depends_on_the_place_or_the_threads(direction: str, threads: int
         torch.set_num_threads(used)
         strengths = torch.tensor([[1.9, 0.1]], dtype=torch.float64).expand(len(params), 2)
         steps = [7.0] * len(params) if "adam" in direction else None
-        counted = cpu.update(
+        counted, _ = cpu.update(
             function, params, grads, moments, strengths=strengths, threshold=0.1, scale=0.7, counting=True,
             steps=steps, hyperparameters=hyperparameters,
         )  # fmt: skip
@@ -116,7 +118,10 @@ def test_norms_do_not_depend_on_the_threads() -> None:
     before, seen = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        seen.append(cpu.count(grads, grads, threshold=0.0, scale=None, norms=True)[1].tolist())
+        counted = cpu.count(grads, grads, threshold=0.0, scale=None, norms=True)[1]
+        lists = [[grad.clone() for grad in grads] for _ in range(2)]
+        updated = cpu.update(rule.lion_, lists[0], grads, lists[1:], **options_of_update("lion", 3, 0.0, None))[1]
+        seen.append((counted.tolist(), updated.tolist()))
     torch.set_num_threads(before)
     assert seen[0] == seen[1] == seen[2]
 
@@ -145,9 +150,13 @@ def test_fake_tensors_get_shapes() -> None:
         assert norms.shape == (2,)
         strengths = torch.empty((2, 2), dtype=torch.float64)
         assert odd == []
-        counts, odd = torch.ops.alphaadam.lion_(tensors, tensors, tensors, strengths, 0.0, 1.0, 1.0, -0.1, 0.9, 0.9)
-        assert counts.shape == (2, 2)
-        assert odd == []
+        for asked, rows in (({}, 0), ({"norms": True}, 2)):
+            counts, norms, odd = torch.ops.alphaadam.lion_(
+                tensors, tensors, tensors, strengths, 0.0, 1.0, 1.0, -0.1, 0.9, 0.9, **asked
+            )
+            assert counts.shape == (2, 2)
+            assert norms.shape == (rows, 2)
+            assert odd == []
 
 
 def test_torch_compile_sees_the_operators() -> None:
@@ -281,8 +290,8 @@ generator = torch.Generator().manual_seed(0)
 p, g, m, v = (torch.randn(40_003, generator=generator) for _ in range(4))
 v = v.abs()
 strengths = torch.tensor([[1.9, 0.1]], dtype=torch.float64)
-counts, _ = torch.ops.alphaadam.adam_([p], [g], [m], [v], strengths, 0.1, 0.7, 0.999, [-0.037], [3.0], 0.9, 0.999, 1e-8)
-print(counts.tolist(), *(int(t.view(torch.int32).long().sum()) for t in (p, m, v)))
+made = torch.ops.alphaadam.adam_([p], [g], [m], [v], strengths, 0.1, 0.7, 0.999, [-0.037], [3.0], 0.9, 0.999, 1e-8)
+print(made[0].tolist(), *(int(t.view(torch.int32).long().sum()) for t in (p, m, v)))
 """
 
 

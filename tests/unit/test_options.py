@@ -135,7 +135,7 @@ def test_unknown_options_are_refused_with_the_nearest_known_one(name: str, near:
 SHARED: dict[str, Any] = {
     "gamma": 0.5, "lookahead": 0.25, "alpha_max": 2.0, "threshold": 0.1, "alpha_warmup": 3, "scope": "layer",
     "sync": "delayed", "clip_norm": 1.0, "maximize": True, "capturable": True, "state_dtype": "bfloat16",
-    "rounding_seed": 1, "skip_nonfinite": True,
+    "rounding_seed": 1, "skip_nonfinite": True, "telemetry": True,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ REGISTERS = {"count": 64, "adam": 64, "lion": 48, "sgd": 48}
 """For 8, 8, 10 and 10 programs of 128 threads on a multiprocessor, which has 65536. A thread of Adam has 64 bytes of
 loads under way, so 8 programs have 64 KiB: three times what 3.35 TB/s need at a delay of 0.8 microseconds."""
 ROUNDED, DOUBLE = 84, 104
+NORMS = 96  # sums in float64; for 5 programs, 40 KiB of loads under way
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     made = {kernel.pop("name"): kernel for kernel in map(json.loads, done.stdout.splitlines())}
-    assert len(made) == 18
+    assert len(made) == 24
     return made
 
 
@@ -39,7 +40,7 @@ def test_a_thread_reads_and_writes_16_bytes_at_once(compiled: dict[str, Any]) ->
     written = {"count": 0, "adam": 3, "lion": 2, "sgd": 2}
     for name, made in compiled.items():
         kind, own, grads = name.split()
-        if own == "rounded":
+        if own in ("rounded", "norms"):
             continue
         assert len(made["loops"]) == 2, name
         loads, stores = vector[own]
@@ -62,7 +63,7 @@ def test_a_loop_reads_nothing_but_its_tensors(compiled: dict[str, Any]) -> None:
 def test_registers_leave_room_for_as_many_threads_as_the_memory_needs(compiled: dict[str, Any]) -> None:
     for name, made in compiled.items():
         kind, own, _ = name.split()
-        most = {"rounded": ROUNDED, "fp64": DOUBLE}.get(own) or REGISTERS[kind]
+        most = {"rounded": ROUNDED, "norms": NORMS, "fp64": DOUBLE}.get(own) or REGISTERS[kind]
         assert made["registers"] <= most, name
         assert made["spilled"] <= 32, name  # Triton 3.6's assembler: some numbers, before the loops
 

@@ -16,7 +16,7 @@ from alphaadam_dist.kernels import cpu, reference
 from alphaadam_dist.optimizer import AlphaOptimizer
 from alphaadam_dist.rounding import Positions, Rounding, consecutive
 
-from .kernel_cases import DIRECTIONS, awkward, options_of_update, placed
+from .kernel_cases import DIRECTIONS, assert_norms, awkward, options_of_update, placed
 from .problems import same_bits, step_with
 
 PLACES = [
@@ -68,10 +68,12 @@ def test_update(
     rounding = Rounding(n, [2**64 - 1 - i for i in range(len(sizes))], places)
     expected_params, expected_moments = [p.clone() for p in params], [[m.clone() for m in ms] for ms in moments]
     options = {**options_of_update(direction, len(sizes), threshold, scale), "rounding": rounding}
-    expected = reference.update(function, expected_params, grads, expected_moments, **options)
-    counts = cpu.update(function, params, grads, moments, **options)
+    expected, expected_norms = reference.update(function, expected_params, grads, expected_moments, **options)
+    counts, norms = cpu.update(function, params, grads, moments, **options)
     assert counts is not None
     assert torch.equal(counts, expected)
+    assert_norms(norms, grads, before, params, torch.float32)
+    assert_norms(expected_norms, grads, before, expected_params, torch.float32)
     for ours, theirs in zip([m for ms in moments for m in ms], [m for ms in expected_moments for m in ms], strict=True):
         assert same_bits(ours, theirs)
     for was, ours, theirs in zip(before, params, expected_params, strict=True):

@@ -16,7 +16,7 @@ from alphaadam_dist import options as options_module
 from alphaadam_dist.kernels import cpu, device_tables, reference
 from alphaadam_dist.rounding import Positions, Rounding
 
-from .kernel_cases import DIRECTIONS, SIZES, case, options_of_update, placed, same, with_odd_ones
+from .kernel_cases import DIRECTIONS, SIZES, assert_norms, case, options_of_update, placed, same, with_odd_ones
 from .problems import Cast, same_bits
 
 kernels = pytest.importorskip("alphaadam_dist.kernels.triton", reason="Triton is not installed")
@@ -49,10 +49,11 @@ def test_update(seed: int) -> None:
     ours_params, ours_grads, ours_moments = here(params), here(grads), [here(each) for each in moments]
     before = [p.clone() for p in params]
     options = options_of_update(direction, len(sizes), threshold, scale)
-    expected = reference.update(function, params, grads, moments, **options)
-    counts = kernels.update(function, ours_params, ours_grads, ours_moments, **options)
+    expected, _ = reference.update(function, params, grads, moments, **options)
+    counts, norms = kernels.update(function, ours_params, ours_grads, ours_moments, **options)
     assert counts is not None
     assert torch.equal(counts.cpu(), expected)
+    assert_norms(norms, grads, before, [p.cpu() for p in ours_params], dtype)
     if special:  # the interpreter's fused multiply-add is not fused, so these may overflow in another place
         return
     rounding = 4 * torch.finfo(dtype).eps
@@ -78,7 +79,7 @@ def test_an_odd_tensor_goes_to_the_reference_alone(rounds: bool, monkeypatch: py
     rounding = Rounding(1, list(range(len(held))), [Positions(0, 2**20, 2**20)] * len(held)) if rounds else None
     seen: list[torch.Size] = []
 
-    def noted(direction: Any, params: list[Tensor], *args: Any, **options: Any) -> Tensor | None:
+    def noted(direction: Any, params: list[Tensor], *args: Any, **options: Any) -> Any:
         seen.extend(param.shape for param in params)
         return update(direction, params, *args, **options)
 
@@ -86,12 +87,15 @@ def test_an_odd_tensor_goes_to_the_reference_alone(rounds: bool, monkeypatch: py
     options: dict[str, Any] = {
         "strengths": torch.tensor([[1.5, 0.5]], dtype=torch.float64).expand(len(held), 2), "threshold": 0.0,
         "scale": None, "counting": True, "steps": None, "hyperparameters": hyperparameters, "rounding": rounding,
+        "norms": True,
     }  # fmt: skip
-    expected = update(rule.sgd_, lists[0], grads, [momenta[0]], **options)
+    before = [param.clone() for param in lists[1]]
+    expected, _ = update(rule.sgd_, lists[0], grads, [momenta[0]], **options)
     monkeypatch.setattr(reference, "update", noted)
-    counts = kernels.update(rule.sgd_, lists[1], list(grads), [momenta[1]], **options)
+    counts, norms = kernels.update(rule.sgd_, lists[1], list(grads), [momenta[1]], **options)
     assert counts is not None
     assert torch.equal(counts, expected)
+    assert_norms(norms, grads, before, lists[1], torch.float32)
     assert seen == [held[name].shape for name in odd]
     for i, name in enumerate(held):
         for theirs, ours in ((lists[0][i], lists[1][i]), (momenta[0][i], momenta[1][i])):
@@ -165,7 +169,7 @@ def test_a_gradient_whose_values_lie_elsewhere_goes_to_the_reference(odd: Any) -
     for update, wrap in ((reference.update, lambda held: held), (kernels.update, odd)):
         params, grads, momenta = ([torch.randn(40, generator=torch.Generator().manual_seed(i))] for i in range(3))
         options = options_of_update("lion", 1, 0.0, None)
-        counts = update(rule.lion_, params, [wrap(grads[0])], [momenta], **options)
+        counts, _ = update(rule.lion_, params, [wrap(grads[0])], [momenta], **options)
         assert counts is not None
         ended.append((counts.tolist(), params[0], momenta[0]))
     assert ended[0][0] == ended[1][0]
@@ -202,7 +206,7 @@ def run(
 @pytest.mark.parametrize(
     "options",
     [{"alpha_warmup": 9}, {"scope": "layer"}, {"clip_norm": 1.0}, {"threshold": 0.1, "maximize": True},
-     {"clip_norm": 1.0, "threshold": 0.1}],
+     {"clip_norm": 1.0, "threshold": 0.1}, {"telemetry": True}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,7 +219,7 @@ def test_a_capturable_step_waits_for_nothing_and_sends_nothing(
     sent: list[Any] = []
     send = device_tables.sent
     monkeypatch.setattr(device_tables, "sent", lambda table, device: sent.append(table) or send(table, device))
-    expected, state, _, names = run(kind, {**options, "fused": False}, 1e-2, sent)
+    expected, state, other, names = run(kind, {**options, "fused": False}, 1e-2, sent)
     assert "aten::item" in names or kind != "adam"  # the profiler does see it
     params, ours, optimizer, names = run(
         kind, {**options, "capturable": True}, rate.to(DEVICE) if isinstance(rate, Tensor) else rate, sent
@@ -223,6 +227,7 @@ def test_a_capturable_step_waits_for_nothing_and_sends_nothing(
     assert not {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::pin_memory"} & names
     assert sent == []
     assert ours == pytest.approx(state, rel=1e-12)
+    assert optimizer.metrics() == pytest.approx(other.metrics(), rel=1e-5)
     for param, theirs in zip(params, expected, strict=True):
         torch.testing.assert_close(param, theirs, rtol=1e-6, atol=1e-7)
         if kind == "adam":
@@ -282,7 +287,7 @@ def test_random_bits_and_roundings_are_the_references_to_the_bit(size: int, dtyp
             lists = [[torch.zeros(n, dtype=t) for _ in PLACES] for t in (dtype, *[torch.bfloat16] * moments)]
             lists = [here(tensors) for tensors in lists]
             grads = here([g.clamp(-1e18, 1e18) if moments == 2 else g for _ in PLACES])
-            counts = update(direction, lists[0], grads, lists[1:], steps=steps, hyperparameters=hyper, **options)
+            counts, _ = update(direction, lists[0], grads, lists[1:], steps=steps, hyperparameters=hyper, **options)
             ended.append((counts.tolist(), [tensor.cpu() for tensors in lists for tensor in tensors]))
         assert ended[0][0] == ended[1][0]
         for ours, theirs in zip(ended[1][1], ended[0][1], strict=True):
@@ -299,9 +304,11 @@ def test_an_update_that_rounds(direction: str, threshold: float) -> None:
     params, moments = [p.bfloat16() for p in params], [[m.bfloat16() for m in ms] for ms in moments]
     ours_params, ours_grads, ours_moments = here(params), here(grads), [here(ms) for ms in moments]
     options = {**options_of_update(direction, 2, threshold, 0.37), "rounding": Rounding(3, [5, 6], PLACES[1:])}
-    expected = reference.update(function, params, grads, moments, **options)
-    counts = kernels.update(function, ours_params, ours_grads, ours_moments, **options)
+    before = [p.clone() for p in params]
+    expected, _ = reference.update(function, params, grads, moments, **options)
+    counts, norms = kernels.update(function, ours_params, ours_grads, ours_moments, **options)
     assert torch.equal(counts.cpu(), expected)
+    assert_norms(norms, grads, before, [p.cpu() for p in ours_params], torch.float32)
     kept = [*ours_params, *(m for ms in ours_moments for m in ms)]
     for ours, theirs in zip(kept, [*params, *(m for ms in moments for m in ms)], strict=True):
         assert (ours.cpu() == theirs).float().mean() > 0.97

@@ -143,8 +143,15 @@ def test_gradient_clipping(ranks2: Ranks, mode: str, options: dict[str, Any]) ->
 @pytest.mark.parametrize("mode", ["zero1", "zero2", "zero2-offload", "zero3-sub-groups", "zero2-accumulate"])
 @pytest.mark.parametrize(
     ("options", "size"),
-    [({}, 16), ({"sync": "delayed"}, 16), ({"scope": "layer"}, 5 * 16)],
-    ids=["exact", "delayed", "layer"],
+    [
+        ({}, 16),
+        ({"sync": "delayed"}, 16),
+        ({"scope": "layer"}, 5 * 16),
+        ({"telemetry": True}, 32),
+        ({"sync": "delayed", "telemetry": True}, 32),
+        ({"gamma": 1.0, "telemetry": True}, 16),
+    ],
+    ids=["exact", "delayed", "layer", "telemetry", "telemetry-delayed", "telemetry-without-masks"],
 )
 def test_one_all_reduce_a_step(ranks2: Ranks, mode: str, options: dict[str, Any], size: int) -> None:
     """All that engine.step() communicates is AdamW's, and one all-reduce at a boundary: counted on the wire."""
