@@ -65,9 +65,7 @@ CLASS_NAMES = {
         "get_compute_tensors", "get_swap_paths", "get_swap_gradient_buffers", "get_swap_gradient_paths",
         "add_state_tensors", "read_unswapped_gradients",
     ),
-    "deepspeed.runtime.swap_tensor.optimizer_utils.OptimizerSwapper": (
-        "_io_aligned_numel", "is_swappable_tensor",
-    ),
+    "deepspeed.runtime.swap_tensor.optimizer_utils.OptimizerSwapper": ("_io_aligned_numel",),
     "deepspeed.runtime.swap_tensor.utils": ("SwapBufferManager", "swap_in_tensors"),
     "deepspeed.runtime.pipe.module": ("PipelineModule",),
     "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_world_size", "bwc_pipeline_parallel_world_size"),

@@ -123,7 +123,7 @@ class Swapped:
     def _refuse_unaligned(self, index: int) -> None:
         size = self._zero.fp32_partitioned_groups_flat[index].element_size()
         for param, offset in self._params(index):
-            on_disk = self._zero.optimizer_swapper.is_swappable_tensor(numel=param.partition_numel())
+            on_disk = param.partition_numel() * size >= self._zero.optimizer_swapper.min_aio_bytes
             if on_disk and offset * size % ALIGNMENT:
                 raise ValueError(
                     "zero_optimization.sub_group_size with offload_optimizer.device='nvme': the gradient of a "
