@@ -7,6 +7,7 @@ goes, and its alpha comes from the counts of the step before. With ``gamma=1`` n
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import consistency, options, parameters, rounding, rule
 from .kernels import consensus
 from .layout import Layout, Segment
-from .local_tensors import LocalTensors, Owned, by_device, counted, local_tensors, owned_of_flat
+from .local_tensors import Counted, LocalTensors, by_device, counted, local_tensors, owned_of_flat
 from .persistence import Persistent
 from .rounding import Rounding
 from .tensors import is_dtensor, local
@@ -27,6 +28,11 @@ _AFTER = {
 }
 """After which acts an act may come, where a step reads all gradients first and where it does not."""
 _ORDER = {True: "count() once, update() for each part of the model, close()", False: "update(), close()"}
+
+
+Gradient = tuple[Tensor, Sequence[Tensor], Tensor | None]
+"""A parameter, its gradient as tensors that concatenate to the flattened local tensor, and its momentum before the
+update; None where that is in the optimizer's state."""
 
 
 class Step:
@@ -66,7 +72,7 @@ class Step:
     @torch.no_grad()
     def count(
         self,
-        gradients: Iterable[tuple[Tensor, Sequence[Tensor]]] | None = None,
+        gradients: Iterable[Gradient] | None = None,
         scale: Tensor | float | None = None,
     ) -> None:
         """Count the masks of the whole model, take its norm where an option needs it, reduce both. Collective.
@@ -74,9 +80,9 @@ class Step:
         Where the norm is not finite and ``skip_nonfinite`` says so, the acts that follow do nothing.
 
         Args:
-            gradients: for every optimizer parameter of this rank that has one its gradient, as tensors that concatenate
-                to the flattened local tensor, scaled by any positive factor if the threshold is 0. None: the
-                parameters' own gradients.
+            gradients: for every optimizer parameter of this rank that has one, scaled by any positive factor if the
+                threshold is 0. Each is read before the next is asked for, once: no option that takes the norm may be
+                set. None: the parameters' own gradients.
             scale: multiplies the gradients into true ones where the threshold needs that.
 
         Raises:
@@ -85,14 +91,9 @@ class Step:
         self._advance("count", "counted")
         if gradients is None:
             self._held = self._local_tensors()
-            lists = counted([held for _, held in self._held], self._layout)
+            lists: Iterable[Counted] = counted([held for _, held in self._held], self._layout)
         else:
-            owned: list[Owned] = []
-            for param, tensors in gradients:
-                self._make_state(param)
-                momentum = local(self._optimizer.state[param][self._optimizer.moments[0]])
-                owned += owned_of_flat(self._layout.segments[param], tensors, momentum)
-            lists = by_device(owned, self._layout)
+            lists = chain.from_iterable(self._counted_of(*one) for one in gradients)
         chosen, wide = self._options, self._options.state_dtype is not None
         if chosen.norm_first:
             for segments, grads, momenta in lists:
@@ -169,6 +170,13 @@ class Step:
         counts = self._optimizer._run.count_step(self._optimizer.param_groups)
         self._statistics.close(counts)
         parameters.note_gradients(self._optimizer, self._layout, self._stepped)
+
+    def _counted_of(self, param: Tensor, gradient: Sequence[Tensor], momentum: Tensor | None) -> list[Counted]:
+        """What this rank counts of a gradient that was given."""
+        if momentum is None:
+            self._make_state(param)
+            momentum = local(self._optimizer.state[param][self._optimizer.moments[0]])
+        return by_device(owned_of_flat(self._layout.segments[param], gradient, momentum), self._layout)
 
     def _advance(self, act: str, done: str) -> None:
         chosen = self._options

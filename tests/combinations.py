@@ -12,6 +12,7 @@ from tests.zero import (
     test_combined,
     test_equality,
     test_experts,
+    test_offload,
     test_pipeline,
     test_refusals,
     test_tensor_parallel,
@@ -35,7 +36,7 @@ def of_deepspeed() -> Table:
         stage, _, variant = mode.removeprefix("zero").partition("-")
         dtype, _, more = variant.partition("-") if variant[:4] in ("bf16", "fp16") else ("fp32", "-", variant)
         table.setdefault(", ".join(filter(None, (dtype, more.replace("-", " ")))), {})[stage] = served()
-    for module in (test_combined, test_tensor_parallel, test_pipeline, test_auto_ep, test_experts):
+    for module in (test_offload, test_combined, test_tensor_parallel, test_pipeline, test_auto_ep, test_experts):
         for row, cells in module.CELLS.items():
             table[row] = {str(stage): cell for stage, cell in cells.items()}
     for name, (config, says) in test_refusals.CONFIGS.items():

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 class Given(nn.Module):
     """Parameters of shapes that nobody likes, and a loss whose gradient at every parameter is a given tensor."""
 
+    EMBEDDING, WEIGHT = (67, 8), (16, 9)
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -18,9 +20,9 @@ class Given(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(shape, generator=generator))
 
-        self.embedding = parameter(67, 8)
+        self.embedding = parameter(*self.EMBEDDING)
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
-        self.weight = parameter(16, 9)
+        self.weight = parameter(*self.WEIGHT)
         self.norm = parameter(9)
         self.bias = parameter(3)
         self.one = parameter(1)
@@ -41,7 +43,7 @@ def given_gradients(steps: int, seed: int = 1, like: nn.Module | None = None) ->
         for n, gradient in step.items():
             gradient[torch.rand(gradient.shape, generator=generator) < 0.1] = 0.0
             if n == "embedding":
-                gradient[torch.rand(67, generator=generator) < 0.5] = 0.0
+                gradient[torch.rand(len(gradient), generator=generator) < 0.5] = 0.0
         result.append(step)
     return result
 

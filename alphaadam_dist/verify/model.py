@@ -20,13 +20,17 @@ class Attention(nn.Module):
         self.o = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (part(x).unflatten(-1, (-1, self.size)) for part in (self.q, self.k, self.v))
+        return self.o(self.mix(q, k, v).flatten(-2))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of whole sequences, (batch, length, heads, size) each."""
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         q, k = rotate(q), rotate(k)
         # written out because fused attention may sum in another order on every run
         scores = q @ k.transpose(-1, -2) / self.size**0.5
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
-        return self.o(mixed.transpose(1, 2).flatten(-2))
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

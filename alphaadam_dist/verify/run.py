@@ -15,7 +15,7 @@ import functools
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,8 +28,9 @@ from .. import kernels
 from ..optimizer import AlphaOptimizer
 from . import shardings, zero
 from .collectives import Collectives
-from .model import InBfloat16, Llama, next_token_loss, token_batches
+from .model import InBfloat16, Llama, token_batches
 from .settings import ADAMW, REFERENCE, Setting
+from .trainee import Trainee, of_module
 
 SCALES = (1.0, 4.0, 0.25, 2.0, 0.5)
 """Of each step's loss, so that clipping cuts some gradients, by different factors, and spares others."""
@@ -82,31 +83,23 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def train(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    full_parameters: Callable[[Any], Iterable[tuple[str, Tensor]]],
-) -> Trained:
-    """``model`` is a module, or a DeepSpeed engine, which steps its optimizer itself."""
-    is_engine = hasattr(model, "backward")
+def train(trainee: Trainee, device: torch.device) -> Trained:
+    """STEPS steps on batches that are the same on every rank."""
+    optimizer = trainee.optimizer
     alphas, counts, seconds = [], [], 0.0
     counted = Collectives()
     for i, (batch, scale) in enumerate(zip(token_batches(STEPS, BATCH).to(device), SCALES, strict=True)):
-        loss = scale * next_token_loss(model(batch), batch)
-        (model.backward if is_engine else torch.Tensor.backward)(loss)
+        trainee.backward(batch, scale)
         start = time.perf_counter()
         with counted if i == COUNTED else nullcontext():
-            (model if is_engine else optimizer).step()
+            trainee.step()
         if isinstance(optimizer, AlphaOptimizer):
             alphas.append(optimizer.alpha)  # synchronises, so the clock is right on a GPU too
             counts.append((optimizer.agreement["agree"], optimizer.agreement["conflict"]))
         elif device.type != "cpu":
             torch.accelerator.synchronize()
         seconds += time.perf_counter() - start if i > COUNTED else 0.0
-        if not is_engine:  # DeepSpeed does it in its step
-            optimizer.zero_grad()
-    return Trained(dict(full_parameters(model)), alphas, counts, counted.seen, seconds / (STEPS - COUNTED - 1))
+    return Trained(dict(trainee.full_parameters()), alphas, counts, counted.seen, seconds / (STEPS - COUNTED - 1))
 
 
 @dataclass(frozen=True)
@@ -134,19 +127,24 @@ def under(sharding: shardings.Sharding, device: torch.device) -> Start:
     def start(setting: Setting, fast: bool) -> Trained:
         model = sharding.shard(llama(device), device)
         optimizer = setting.optimizer(model.named_parameters(), fast, **sharding.options())
-        return train(model, optimizer, device, shardings.full_parameters)
+        return train(sharding.trainee(model, optimizer), device)
 
     return Start(sharding.settings, start, device)
 
 
 def under_zero(kind: zero.Zero, device: torch.device) -> Start:
     def start(setting: Setting, fast: bool) -> Trained:
-        engine, optimizer = kind.engine(llama(device, bf16=kind.bf16), setting, BATCH, fast)
-        trained = train(engine, optimizer, device, kind.full_parameters)
-        engine.destroy()
-        return trained
+        with kind.trainee(llama(device, bf16=kind.bf16), setting, BATCH, fast) as trainee:
+            return train(trainee, device)
 
     return Start(kind.settings, start, torch.device("cpu") if kind.offload else device, kind.bf16)
+
+
+def of_deepspeed() -> tuple[zero.Zero, ...]:
+    """What is tried of it, where it can be imported: what leaves traces in the process comes last."""
+    from . import parallel
+
+    return (*zero.KINDS, *parallel.KINDS)
 
 
 def starts(device: torch.device) -> dict[str, Start]:
@@ -154,7 +152,7 @@ def starts(device: torch.device) -> dict[str, Start]:
     world = dist.get_world_size()
     found = {s.name: under(s, device) for s in shardings.SHARDINGS if s.possible(world)}
     if _on_any_rank(zero.problem()) is None:
-        found |= {kind.name: under_zero(kind, device) for kind in zero.KINDS}
+        found |= {kind.name: under_zero(kind, device) for kind in of_deepspeed() if kind.possible(world) is None}
     return found
 
 
@@ -165,6 +163,8 @@ def left_out(device: torch.device) -> list[str]:
     problem = _on_any_rank(zero.problem())
     if problem is not None:
         missing.append(f"ZeRO ({problem})")
+    else:
+        missing += [f"{kind.name} ({kind.possible(world)})" for kind in of_deepspeed() if kind.possible(world)]
     for steps_on in dict.fromkeys(start.steps_on for start in starts(device).values()):
         problem = no_fast_kernels(steps_on)
         missing += [f"the fast kernels on {steps_on.type} ({problem})"] if problem else []
@@ -224,7 +224,7 @@ def alone(device: torch.device, setting: Setting, *, bf16: bool, fast: bool) -> 
         model = InBfloat16(llama(device, bf16=True)) if bf16 else llama(device)
         start = dict(shardings.full_parameters(model))
         optimizer = setting.optimizer(model.named_parameters(), fast)
-        result = [Alone(start, train(model, optimizer, device, shardings.full_parameters))]
+        result = [Alone(start, train(of_module(model, optimizer, shardings.full_parameters), device))]
     dist.broadcast_object_list(result)
     return result[0]
 

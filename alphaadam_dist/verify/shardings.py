@@ -19,10 +19,13 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.optim import Optimizer
 
 from ..shards import clean_names
+from . import pipelined
 from .model import HEADS, Block, Llama
 from .settings import CLIPPED, DELAYED, EXACT, LAYER, LION, LOOKAHEAD, REFERENCE, SGD, THRESHOLD, Setting
+from .trainee import Trainee, of_module
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Sharding:
     Attributes:
         needs_group: AlphaAdam is told the process group.
         settings: what is tried of the optimizer.
+        trainee: what drives the sharded model.
     """
 
     name: str
@@ -39,6 +43,9 @@ class Sharding:
     shard: Callable[[Llama, torch.device], nn.Module]
     needs_group: bool = False
     settings: Sequence[Setting] = (EXACT, DELAYED, LAYER, CLIPPED)
+    trainee: Callable[[nn.Module, Optimizer], Trainee] = lambda model, optimizer: of_module(
+        model, optimizer, full_parameters
+    )
 
     def options(self) -> dict[str, Any]:
         return {"process_group": dist.group.WORLD} if self.needs_group else {}
@@ -137,4 +144,12 @@ SHARDINGS = (
         lambda model, device: tensor_parallel(model, _whole(device), sequence=False),
     ),
     Sharding("TP 2 x FSDP2", lambda world: world >= 4 and world % 2 == 0, _tensor_and_fsdp2),
+    Sharding(
+        "pipeline 2 x 2",
+        lambda world: world % 2 == 0,
+        pipelined.keep_parts,
+        True,
+        (EXACT, DELAYED),  # by layer a rank knows the alphas of its own parts
+        pipelined.trainee,
+    ),
 )

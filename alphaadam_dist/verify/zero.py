@@ -3,15 +3,17 @@
 import functools
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .model import Llama
 from .settings import DELAYED, EXACT, LAYER, THRESHOLD, Setting
+from .trainee import Trainee, of_engine
 
 
 def problem() -> str | None:
@@ -32,8 +34,23 @@ def _deepspeed() -> Any:
     from deepspeed.utils.logging import logger
 
     logger.setLevel("ERROR")
+    deepspeed.init_distributed(dist_init_required=False)  # pipelines ask for it before there is an engine
     gc.freeze()  # it collects garbage for every ZeRO-3 engine, a second's work among all that was imported
     return deepspeed
+
+
+@contextmanager
+def engine(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], **arguments: Any) -> Iterator[Any]:
+    """DeepSpeed's engine, and afterwards its process as it was: it keeps the groups of its parallelism."""
+    from deepspeed.utils import groups
+
+    before = {name: dict(held) if isinstance(held, dict) else held for name, held in vars(groups).items()}
+    started = _deepspeed().initialize(model=model, optimizer=optimizer, config=config, **arguments)[0]
+    try:
+        yield started
+        started.destroy()
+    finally:
+        vars(groups).update(before)
 
 
 @dataclass(frozen=True)
@@ -46,13 +63,14 @@ class Zero:
     bf16: bool = False
     offload: bool = False
 
-    def engine(self, model: Llama, setting: Setting, batch: int, fast: bool) -> tuple[Any, torch.optim.Optimizer]:
-        """deepspeed.initialize without a launcher's help. DeepSpeed itself clips."""
-        clip = setting.options.get("clip_norm", 0.0)
-        optimizer = setting.optimizer(model.named_parameters(), fast, clip_norm=None)
-        config = {
+    def possible(self, world: int) -> str | None:
+        """Why this cannot be tried on so many ranks; None where it can."""
+        return None
+
+    def config(self, setting: Setting, batch: int) -> dict[str, Any]:
+        return {
             "train_micro_batch_size_per_gpu": batch,
-            "gradient_clipping": clip,
+            "gradient_clipping": setting.options.get("clip_norm", 0.0),  # DeepSpeed itself clips
             "bf16": {"enabled": self.bf16},
             "zero_optimization": {
                 "stage": self.stage,
@@ -63,7 +81,13 @@ class Zero:
             "zero_force_ds_cpu_optimizer": False,  # for torch's AdamW, beside which AlphaAdam is measured,
             "zero_allow_untested_optimizer": True,  # as this
         }
-        return _deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0], optimizer
+
+    @contextmanager
+    def trainee(self, model: Llama, setting: Setting, batch: int, fast: bool) -> Iterator[Trainee]:
+        """The Llama under deepspeed.initialize, without a launcher's help. Collective."""
+        optimizer = setting.optimizer(model.named_parameters(), fast, clip_norm=None)
+        with engine(model, optimizer, self.config(setting, batch)) as started:
+            yield of_engine(started, optimizer, self.full_parameters)
 
     def full_parameters(self, started: Any) -> Iterator[tuple[str, Tensor]]:
         """The whole fp32 parameters by name, copied to the CPU. Collective."""

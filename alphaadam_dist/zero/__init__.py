@@ -1,7 +1,7 @@
 """DeepSpeed: everything that touches it is in this folder.
 
-``registration`` waits for DeepSpeed to be imported, ``internals`` and ``parallel`` alone know its private names,
-``refusals`` says what is not served, ``attach`` makes ``deepspeed.initialize`` count the whole model.
+``registration`` waits for DeepSpeed to be imported; ``internals``, ``parallel`` and ``nvme`` alone know its private
+names; ``refusals`` says what is not served, ``attach`` makes ``deepspeed.initialize`` count the whole model.
 """
 
 from .registration import register

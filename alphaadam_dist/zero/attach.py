@@ -143,6 +143,8 @@ def _watch_loading(
 def _drive_parts(optimizer: AlphaOptimizer, wrapper: internals.InParts, unused: Unused) -> None:
     """Open, count and close each step around a wrapper that calls ``optimizer.step()`` for one part after another."""
     zero, options = wrapper.zero, optimizer._run.options
+    if options.reads_first:
+        wrapper.count_first()
     step, unscale = zero.step, zero.unscale_and_clip_grads
     opened: Step | None = None
     factor: Tensor | None = None  # of the part that is stepped next, where its gradients are not unscaled yet

@@ -28,19 +28,20 @@ from torch import Tensor
 
 from ..rounding import consecutive
 from ..shards import Shard
-from . import older, versions
+from ..step import Gradient
+from . import nvme, older, versions
 
 STAGE3_BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 CLASS_NAMES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": (
         "_configure_basic_optimizer", "_configure_optimizer", "_do_optimizer_sanity_check",
-        "_get_gradients_for_reduction", "autotp_size", "bf16_master_weights_and_gradients", "bf16_optimizer_states",
-        "fp16_enabled", "fp16_master_weights_and_gradients", "get_global_grad_norm", "gradient_clipping",
-        "load_universal_checkpoint", "managed_gradient_accumulation",
-        "optimizer_name", "optimizer_params", "steps_per_print", "super_offload", "torch_autocast_dtype",
-        "torch_autocast_enabled", "zenflow_config", "zero_elastic_checkpoint", "zero_offload_optimizer",
-        "zero_optimization_stage", "zero_partial_offload",
+        "_get_gradients_for_reduction", "_load_zero_checkpoint", "autotp_size", "bf16_master_weights_and_gradients",
+        "bf16_optimizer_states", "fp16_enabled", "fp16_master_weights_and_gradients", "get_global_grad_norm",
+        "gradient_clipping", "load_universal_checkpoint", "managed_gradient_accumulation", "optimizer_name",
+        "optimizer_params", "steps_per_print", "super_offload", "torch_autocast_dtype", "torch_autocast_enabled",
+        "zenflow_config", "zero_elastic_checkpoint", "zero_offload_optimizer", "zero_optimization_stage",
+        "zero_partial_offload",
     ),
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "step", "unscale_and_clip_grads", "get_gradient_for_reduction", "get_param_id",
@@ -50,7 +51,8 @@ CLASS_NAMES = {
     ),
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
         "step", "unscale_and_clip_grads", "reduce_independent_p_g_buckets_and_remove_grads",
-        "is_gradient_accumulation_boundary", "_finalize_offload_gradient_accumulation",
+        "is_gradient_accumulation_boundary", "_finalize_offload_gradient_accumulation", "_prepare_sub_group",
+        "_swappable_optimizer_subgroup",
     ),
     "deepspeed.runtime.base_optimizer.ZeROOptimizer": ("_configure_master_weights",),
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("step",),
@@ -58,6 +60,7 @@ CLASS_NAMES = {
     "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
     "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
+    **nvme.CLASS_NAMES,
     "deepspeed.runtime.pipe.module": ("PipelineModule",),
     "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_world_size", "bwc_pipeline_parallel_world_size"),
     "deepspeed.runtime.utils": ("is_model_parallel_parameter",),
@@ -177,8 +180,14 @@ class InParts(Wrapper):
     lands: bool
 
     @abstractmethod
-    def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        """(flat, gradient in pieces) for all flats, at the first ``unscale_and_clip_grads`` of a step."""
+    def gradients(self) -> Iterator[Gradient]:
+        """Those of all flats, at the first ``unscale_and_clip_grads`` of a step. What reads it reads it to its end.
+
+        Backwards: the update, which begins with the first, finds it still in the cache.
+        """
+
+    def count_first(self) -> None:
+        """From now on every step reads ``gradients``."""
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
@@ -326,13 +335,13 @@ class Stage1And2(InParts):
             )
         ]
 
-    def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        for i, flat in enumerate(self.flats()):
+    def gradients(self) -> Iterator[Gradient]:
+        for i, flat in reversed(list(enumerate(self.flats()))):
             if flat.grad is not None:  # offloaded, or the group about to be stepped
-                yield flat, [flat.grad]
+                yield flat, [flat.grad], None
             else:
                 whole = older.preflattened(self.zero, i)
-                yield flat, self.zero.averaged_gradients[i] if whole is None else [whole]
+                yield flat, self.zero.averaged_gradients[i] if whole is None else [whole], None
 
     def parameters(self) -> list[Tensor]:
         return [param for params in self.zero.round_robin_bit16_groups for param in params]
@@ -388,6 +397,9 @@ class Stage3(InParts):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
+        self._swapped = nvme.Swapped(self.zero)
+        if self._swapped:
+            self._swapped.load_all(engine)
         self.lands = self.zero.offload_optimizer and older.asked(engine, "managed_gradient_accumulation", True)
         if older.asked(engine, "bf16_master_weights_and_gradients", False) and not self.zero.offload_optimizer:
             for master, own in zip(self.flats(), self.zero.fp16_partitioned_groups_flat, strict=True):
@@ -415,12 +427,22 @@ class Stage3(InParts):
             by_flat.append(held)
         return by_flat
 
-    def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    def count_first(self) -> None:
+        self._swapped.count_first()
+
+    def gradients(self) -> Iterator[Gradient]:
         if self.zero.offload_optimizer:
             # DeepSpeed copies gradients to the CPU without waiting where the caller accumulates them itself
             deepspeed.get_accelerator().synchronize()
-        for i, flat in enumerate(self.flats()):
-            yield flat, [flat.grad] if flat.grad is not None else self.zero.averaged_gradients[i]
+        for i, flat in reversed(list(enumerate(self.flats()))):
+            if flat.grad is not None:
+                yield flat, [flat.grad], None
+            elif self._swapped.holds(i):
+                with self._swapped.read(i) as (gradient, momentum):
+                    yield flat, [gradient], momentum
+            else:
+                yield flat, self.zero.averaged_gradients[i], None
+        self._swapped.go_on()
 
     def parameters(self) -> list[Tensor]:
         return [param for params in self.zero.fp16_groups for param in params]
@@ -461,10 +483,8 @@ def unscale_factor(zero: Any, total_norm: Any) -> Tensor:
     """What ``unscale_and_clip_grads`` multiplies gradients by, also where the norm is invalid: what it makes of a 1."""
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         one = zero.fp32_partitioned_groups_flat[0].new_ones(())
-        flat = SimpleNamespace(grad=one)
-        given = SimpleNamespace(
-            loss_scale=zero.loss_scale, clip_grad=zero.clip_grad, fp32_partitioned_groups_flat=[flat]
-        )
+        given = SimpleNamespace(loss_scale=zero.loss_scale, clip_grad=zero.clip_grad)
+        given.fp32_partitioned_groups_flat = [SimpleNamespace(grad=one)]
         DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads(given, 0, total_norm)
     else:
         one = zero.single_partition_of_fp32_groups[0].new_ones(())

@@ -185,11 +185,6 @@ def _of_the_offload(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]
         "DeepSpeedCPUAdam: set ratio to 1.0",
     )
     yield (
-        offload is not None and offload.device == "nvme" and optimizer.defaults["sync"] == "exact",
-        "zero_optimization.offload_optimizer.device='nvme' with sync='exact'",
-        "counting before the update would read every state from disk twice: set sync='delayed'",
-    )
-    yield (
         offload is not None and offload.device == "nvme" and optimizer.defaults["state_dtype"] is not None,
         f"zero_optimization.offload_optimizer.device='nvme' with state_dtype={optimizer.defaults['state_dtype']!r}",
         "DeepSpeed swaps moments in buffers of the masters' dtype: leave state_dtype out, or offload to 'cpu'",

@@ -23,7 +23,7 @@ from alphaadam_dist.verify.settings import Setting
 from alphaadam_dist.zero import internals
 
 from .. import threads
-from ..older import before_2_7
+from ..older import before_2_7, since_deepspeed
 from ..ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -36,7 +36,10 @@ TRIED = {
     ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"): ("exact", "delayed", "layer"),
     ("ZeRO-2 bf16", "ZeRO-3 bf16"): ("exact", "threshold"),
     ("ZeRO-2 offload", "ZeRO-3 offload"): ("delayed", "threshold"),
+    ("pipeline 2 x 2", "Ulysses", "PipelineModule"): ("exact", "delayed"),
+    ("AutoTP",): ("exact", "layer"),
 }
+PARALLEL = ("pipeline 2 x 2", "Ulysses", "PipelineModule", "AutoTP")
 
 
 def torchrun(ranks: int) -> subprocess.CompletedProcess[str]:
@@ -163,6 +166,24 @@ def test_four_ranks(ranks4: Ranks) -> None:
         assert row.collectives == 1
         assert row.bytes == (16 * 21 if row.setting == "layer" else 24 if row.setting == "clip" else 16)
         assert row.deviation < 1e-3
+
+
+@pytest.mark.slow
+@since_deepspeed("0.19.8", "has not all of these")
+def test_pairs_of_four_ranks(ranks4: Ranks) -> None:
+    found = ranks4.run(small_rows, PARALLEL, ("exact", "delayed", "layer"))[0]
+    assert len(found) == 8
+    for row in found:
+        assert row.problems == []
+        assert row.collectives == 1
+        assert 0 < row.deviation < 1e-3, "a run equal to one process by accident shows nothing"
+
+
+@pytest.mark.slow
+@since_deepspeed("0.19.8", "has not all of these")
+def test_ranks_that_count_alone_fail(ranks2: Ranks) -> None:
+    found = ranks2.run(small_rows, PARALLEL, ("exact",), "no_all_reduce")[0]
+    assert {row.sharding for row in found if row.problems} == set(PARALLEL)
 
 
 # ---- kernels

@@ -114,15 +114,16 @@ def stage_zero_master(engine: Any, param: Tensor) -> Tensor:
 
 def given(ds_config: dict[str, Any], options: dict[str, Any], *, steps: int = 10, client: bool = True,
           optimizer: str = "AlphaAdam", count_collectives: bool = False, shrink: float = 1.0,
-          overflow_at: tuple[int, ...] = (), **arguments: Any) -> dict[str, Any]:  # fmt: skip
+          overflow_at: tuple[int, ...] = (), model: type[Given] = Given,
+          **arguments: Any) -> dict[str, Any]:  # fmt: skip
     """Steps with given gradients under DeepSpeed, equal on all ranks; times ``shrink``, and infinite at some steps.
 
     ``arguments`` are deepspeed.initialize's own.
     """
-    engine = start(Given(), ds_config, options, client, optimizer, **arguments)
+    engine = start(model(), ds_config, options, client, optimizer, **arguments)
     accumulate = engine.gradient_accumulation_steps()
     seen, collectives, scales = [], [], []
-    for step, gradients in enumerate(given_gradients(steps)):
+    for step, gradients in enumerate(given_gradients(steps, like=model())):
         factor = float("inf") if step in overflow_at else shrink
         scale_before = loss_scale(engine)
         gradients = {name: gradient * factor for name, gradient in gradients.items()}
@@ -146,32 +147,32 @@ def given(ds_config: dict[str, Any], options: dict[str, Any], *, steps: int = 10
 def given_alone(options: dict[str, Any], *, steps: int = 10, client: bool = True, clip: float = 0.0,
                 optimizer: type[AlphaOptimizer] = AlphaAdam, dtype: torch.dtype = torch.float32,
                 shrink: float | list[float] = 1.0, overflow_at: tuple[int, ...] = (),
-                masters: torch.dtype = torch.float32) -> dict[str, Any]:  # fmt: skip
+                masters: torch.dtype = torch.float32, model: type[Given] = Given) -> dict[str, Any]:  # fmt: skip
     """The same in one process on masters of a model in dtype, clipping by DeepSpeed's float operations."""
-    model = Given().to(dtype).to(masters)
+    whole = model().to(dtype).to(masters)
     if client:
-        alone = optimizer(decay_groups(model), **{"lr": LR, **options})
+        alone = optimizer(decay_groups(whole), **{"lr": LR, **options})
     else:
-        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        trainable = [(n, p) for n, p in whole.named_parameters() if p.requires_grad]
         alone = optimizer(trainable, **{"lr": LR, "weight_decay": 0.1, **options})
     seen = []
     shrinks = shrink if isinstance(shrink, list) else [shrink] * steps
-    for step, (gradients, factor) in enumerate(zip(given_gradients(steps), shrinks, strict=True)):
+    for step, (gradients, factor) in enumerate(zip(given_gradients(steps, like=model()), shrinks, strict=True)):
         if step in overflow_at:
             seen.append(observe(alone))
             continue
-        for name, param in model.named_parameters():
+        for name, param in whole.named_parameters():
             if param.requires_grad:
                 param.grad = (gradients[name] * factor).to(masters)
         if clip:
             norm = torch.stack([(g * factor).double().square().sum() for g in gradients.values()]).sum().sqrt().float()
             coefficient = 1.0 / ((norm + 1e-6) / clip).clamp(min=1.0)
-            for param in model.parameters():
+            for param in whole.parameters():
                 if param.grad is not None:
                     param.grad.mul_(coefficient)
         alone.step()
         seen.append(observe(alone))
-    params = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
+    params = {n: p.detach().float().clone() for n, p in whole.named_parameters() if p.requires_grad}
     return {"params": params, "seen": seen}
 
 

@@ -60,10 +60,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         engine.config(3, elastic_checkpoint=True),
         r"zero_optimization\.elastic_checkpoint=true: .* DeepSpeed saves no step .* set it to false",
     ),
-    "NVMe, `sync=\"exact\"`": (
-        engine.offload(3, device="nvme", nvme_path="/tmp"),
-        r"zero_optimization\.offload_optimizer\.device='nvme' with sync='exact': .* set sync='delayed'",
-    ),
 }  # fmt: skip
 SINCE = {"DeepCompile": "0.16.6", "`torch_autocast`, fp16": "0.17.2", "ZenFlow": "0.17.5", "SuperOffload": "0.18.0",
          "bf16 states without `state_dtype`": "0.18.3"}  # fmt: skip
