@@ -48,6 +48,13 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True)
+def few_process_groups() -> Iterator[None]:
+    yield
+    for pool in list(Ranks.alive):
+        pool.restart_if_crowded()
+
+
 def _pool(world: int) -> Iterator[Ranks]:
     ranks = Ranks(world)
     yield ranks

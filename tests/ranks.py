@@ -6,19 +6,26 @@ module-level function and gets what each rank returned.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import signal
+import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 600.0  # DeepSpeed may compile an operation first
+MANY_THREADS = 64  # a process group has three
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 
 
 class RankError(Exception):
@@ -26,6 +33,8 @@ class RankError(Exception):
 
 
 def _serve(rank: int, world: int, store: str, port: int, connection: Connection) -> None:
+    if sys.platform == "linux":  # it may be stopped when the tests are killed, and would stay so
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu",
@@ -35,6 +44,7 @@ def _serve(rank: int, world: int, store: str, port: int, connection: Connection)
     import deepspeed.utils.logging
 
     deepspeed.utils.logging.logger.setLevel("ERROR")
+    gc.freeze()  # DeepSpeed collects garbage for every ZeRO-3 engine, much of a second among all that was imported
     while True:
         try:
             function, args, kwargs = connection.recv()
@@ -47,10 +57,17 @@ def _serve(rank: int, world: int, store: str, port: int, connection: Connection)
 
 
 class Ranks:
-    """``world`` processes that are one process group."""
+    """``world`` processes that are one process group. They are stopped but in ``run``.
+
+    Each process group that a test leaves behind wakes up a hundred times a second in Gloo, in every rank: together
+    they took a whole core from the tests.
+    """
+
+    alive: ClassVar[weakref.WeakSet[Ranks]] = weakref.WeakSet()
 
     def __init__(self, world: int) -> None:
         self.world = world
+        self.alive.add(self)
         self._port = 29600 + os.getpid() % 2000
         self._start()
 
@@ -68,7 +85,8 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What ``function(*args, **kwargs)`` returned on each rank. Raises RankError if it raised on any."""
-        for connection in self._connections:
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            os.kill(process.pid, signal.SIGCONT)
             connection.send((function, args, kwargs))
         answers = []
         for rank, connection in enumerate(self._connections):
@@ -77,12 +95,19 @@ class Ranks:
                 self.restart()
                 raise RankError("\n".join([*failed, f"rank {rank} did not answer"]))
             answers.append(connection.recv())
+        for process in self._processes:
+            os.kill(process.pid, signal.SIGSTOP)
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failed:
             if len(failed) < self.world:
                 self.restart()  # the group may be out of step
             raise RankError("\n".join(failed))
         return [value for _, value in answers]
+
+    def restart_if_crowded(self) -> None:
+        """To be called between tests."""
+        if any(len(list(Path(f"/proc/{process.pid}/task").glob("*"))) > MANY_THREADS for process in self._processes):
+            self.restart()
 
     def restart(self) -> None:
         """Fresh processes, after an error or for a test that must start from nothing."""
