@@ -15,8 +15,8 @@ CAPTION = (
     "deviation: L2 distance from one process's parameters, as a share of the way that they went. calls, bytes: "
     "collectives of a step beyond AdamW's. All rows are on the fast kernels, but for 'reference'. 'threshold' clips, "
     "too, 'look-ahead' has no masks. 'bf16' and 'offload' are a model in bf16, 'offload' with the step on the CPU. "
-    "Ulysses, AutoTP, AutoEP and PipelineModule (its ms have forward and backward) are over pairs of ranks, at ZeRO-1; "
-    "'pipeline 2 x 2' is torch's over pairs, two parts a rank. AutoEP and 'experts 2 x FSDP2' have a mixture of experts. "
+    "Ulysses, AutoTP, AutoEP and PipelineModule (its ms have forward and backward) are over pairs of ranks, at "
+    "ZeRO-1; 'pipeline 2 x 2' is torch's over pairs, two parts a rank. AutoEP and 'EP 2 x FSDP2' train experts. "
     "AdamW is torch's, one tensor at a time."
 )
 NEVER = (

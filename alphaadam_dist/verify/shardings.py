@@ -152,7 +152,7 @@ SHARDINGS = (
     ),
     Sharding("TP 2 x FSDP2", lambda world: world >= 4 and world % 2 == 0, _tensor_and_fsdp2),
     Sharding(
-        "experts 2 x FSDP2",
+        "EP 2 x FSDP2",
         lambda world: world % 2 == 0,
         _experts_and_fsdp2,
         settings=(EXACT, DELAYED),

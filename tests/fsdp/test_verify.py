@@ -36,10 +36,10 @@ TRIED = {
     ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"): ("exact", "delayed", "layer"),
     ("ZeRO-2 bf16", "ZeRO-3 bf16"): ("exact", "threshold"),
     ("ZeRO-2 offload", "ZeRO-3 offload"): ("delayed", "threshold"),
-    ("experts 2 x FSDP2", "pipeline 2 x 2", "Ulysses", "PipelineModule", "AutoEP"): ("exact", "delayed"),
+    ("EP 2 x FSDP2", "pipeline 2 x 2", "Ulysses", "PipelineModule", "AutoEP"): ("exact", "delayed"),
     ("AutoTP",): ("exact", "layer"),
 }
-PARALLEL = ("experts 2 x FSDP2", "pipeline 2 x 2", "Ulysses", "PipelineModule", "AutoTP", "AutoEP")
+PARALLEL = ("EP 2 x FSDP2", "pipeline 2 x 2", "Ulysses", "PipelineModule", "AutoTP", "AutoEP")
 
 
 def torchrun(ranks: int) -> subprocess.CompletedProcess[str]:
@@ -178,7 +178,7 @@ def test_pairs_of_four_ranks(ranks4: Ranks) -> None:
         assert row.problems == []
         assert row.collectives == 1
         assert row.deviation < 1e-3
-        if row.sharding != "experts 2 x FSDP2":  # there a token's sum is of two experts, in any order the same
+        if row.sharding != "EP 2 x FSDP2":  # there a token's sum is of two experts, in any order the same
             assert row.deviation > 0, "a run equal to one process by accident shows nothing"
 
 
