@@ -19,10 +19,7 @@ CAPTION = (
     "ZeRO-1; 'pipeline 2 x 2' is torch's over pairs, two parts a rank. AutoEP and 'EP 2 x FSDP2' train experts. "
     "AdamW is torch's, one tensor at a time."
 )
-NEVER = (
-    "NVMe offload, fp16, parameters in 16 bits without fp32 masters, accumulated gradients, "
-    "CUDA graphs, your model"
-)
+NEVER = "NVMe offload, fp16, parameters in 16 bits without fp32 masters, accumulated gradients, CUDA graphs, your model"
 """What the library serves and ``alphaadam verify`` never runs."""
 
 
