@@ -81,12 +81,12 @@ def _split(name: str, experts: nn.Module, pair: DeviceMesh) -> None:
         experts.register_parameter(own, nn.Parameter(distribute_tensor(param.detach(), pair, [Shard(0)])))
 
 
-def _to_pair(experts: nn.Module, inputs: tuple[Tensor, Tensor], pair: DeviceMesh) -> tuple[Tensor, Tensor]:
+def _to_pair(experts: nn.Module, inputs: tuple[Tensor, Tensor], pair: DeviceMesh) -> Any:  # torch says None
     """Both ranks have all tokens. In the backward each adds the other's share of their gradient."""
     tokens, weights = (DTensor.from_local(each, pair, [Replicate()]) for each in inputs)
     return tokens.to_local(grad_placements=[Partial()]), weights.redistribute(placements=[Shard(1)]).to_local()
 
 
-def _from_pair(experts: nn.Module, outputs: Tensor, pair: DeviceMesh) -> Tensor:
+def _from_pair(experts: nn.Module, outputs: Tensor, pair: DeviceMesh) -> Any:
     """The sum over the pair, whose gradient each rank has whole."""
     return DTensor.from_local(outputs, pair, [Partial()]).redistribute(placements=[Replicate()]).to_local()
