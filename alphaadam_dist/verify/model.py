@@ -1,5 +1,7 @@
 """A small Llama in plain torch, and tokens for it to learn: what ``alphaadam verify`` trains under every sharding."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,12 +47,12 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, inner: int) -> None:
+    def __init__(self, width: int, heads: int, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
         self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
-        self.feed_forward = FeedForward(width, inner)
+        self.feed_forward = feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -60,13 +62,22 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A decoder of about 20 thousand parameters, with an odd vocabulary. Weights depend on ``seed`` alone.
 
-    ``width`` is a multiple of 8. At 256 it has 1.2 million parameters.
+    ``width`` is a multiple of 8. At 256 it has 1.2 million parameters. ``feed_forward`` is made of a width and an inner
+    width.
     """
 
-    def __init__(self, seed: int = 0, *, vocabulary: int = 67, width: int = 32, layers: int = 2) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        vocabulary: int = 67,
+        width: int = 32,
+        layers: int = 2,
+        feed_forward: Callable[[int, int], nn.Module] = FeedForward,
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList([Block(width, HEADS, inner=width * 7 // 4) for _ in range(layers)])
+        self.layers = nn.ModuleList([Block(width, HEADS, feed_forward(width, width * 7 // 4)) for _ in range(layers)])
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, vocabulary, bias=False)
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The Llama under DeepSpeed's tensor, pipeline and sequence parallelism: over pairs of ranks, at ZeRO-1."""
+"""The Llama under DeepSpeed's tensor, pipeline, sequence and expert parallelism: over pairs of ranks, at ZeRO-1."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from ..zero import versions
 from . import zero
 from .model import Llama, next_token_loss
 from .settings import DELAYED, EXACT, LAYER, Setting
-from .trainee import Trainee, of_all_ranks
+from .trainee import Trainee, of_all_ranks, of_engine
 
 COLUMNS, ROWS = r".*(attention\.[qkv]|gate|up)\.weight$", r".*(attention\.o|down)\.weight$"
 """Which weights tensor parallelism splits along which dimension, as torch's own does it in ``shardings``."""
@@ -124,8 +125,49 @@ class Ulysses(Pairs):
         parallel_state_sp._release_sequence_parallel_groups()
 
 
+class AutoEp(Pairs):
+    """AutoEP: each rank has half of the experts, and the tokens of both ranks that the router sends to them."""
+
+    def config(self, setting: Setting, batch: int) -> dict[str, Any]:
+        mixtral = {"preset_model": "mixtral", "moe_layer_pattern": r"layers\.\d+\.feed_forward"}
+        experts = {"enabled": True, "autoep_size": 2, "use_grouped_mm": False, **mixtral}
+        return {**super().config(setting, batch), "expert_parallel": experts}
+
+    @contextmanager
+    def trainee(self, model: Llama, setting: Setting, batch: int, fast: bool) -> Iterator[Trainee]:
+        from deepspeed.moe.utils import configure_moe_param_groups
+
+        def optimizer(params: Iterable[Tensor]) -> Optimizer:
+            """AutoEP makes parameters of its own, so the optimizer comes after it."""
+            return setting.optimizer(configure_moe_param_groups(list(params)), fast)
+
+        with zero.engine(model, optimizer, self.config(setting, batch)) as started:
+            yield of_engine(started, started.basic_optimizer, self.full_parameters)
+
+    def full_parameters(self, started: Any) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import groups
+
+        params = dict(started.module.named_parameters())
+
+        def stacked(name: str) -> Tensor:
+            held = params[name].detach()
+            parts = [torch.empty_like(held) for _ in range(2)]
+            dist.all_gather(parts, held, group=groups._get_expert_parallel_group("ep_size_2"))
+            return torch.cat(parts).cpu()
+
+        for name, param in params.items():
+            experts, _, weight = name.rpartition(".")
+            if weight == "w1":
+                yield f"{experts}.gate_up_proj", torch.cat((stacked(name), stacked(f"{experts}.w3")), 1)
+            elif weight == "w2":
+                yield f"{experts}.down_proj", stacked(name)
+            elif weight != "w3":
+                yield name.replace("router.gate", "gate"), param.detach().cpu().clone()
+
+
 KINDS = (
     Ulysses("Ulysses", 1, (EXACT, DELAYED), since="0.17.2"),
     Pipelined("PipelineModule", 1, (EXACT, DELAYED), since="0.19.8"),
     AutoTp("AutoTP", 1, (EXACT, LAYER), since="0.19.8"),
+    AutoEp("AutoEP", 1, (EXACT, DELAYED), experts=True, since="0.19.8"),
 )

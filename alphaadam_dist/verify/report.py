@@ -15,14 +15,11 @@ CAPTION = (
     "deviation: L2 distance from one process's parameters, as a share of the way that they went. calls, bytes: "
     "collectives of a step beyond AdamW's. All rows are on the fast kernels, but for 'reference'. 'threshold' clips, "
     "too, 'look-ahead' has no masks. 'bf16' and 'offload' are a model in bf16, 'offload' with the step on the CPU. "
-    "Ulysses, AutoTP and PipelineModule (its ms have forward and backward) are over pairs of ranks, at ZeRO-1; "
-    "'pipeline 2 x 2' is torch's over pairs, two parts a rank. "
+    "Ulysses, AutoTP, AutoEP and PipelineModule (its ms have forward and backward) are over pairs of ranks, at "
+    "ZeRO-1; 'pipeline 2 x 2' is torch's over pairs, two parts a rank. AutoEP and 'EP 2 x FSDP2' train experts. "
     "AdamW is torch's, one tensor at a time."
 )
-NEVER = (
-    "experts, context parallel, NVMe offload, fp16, parameters in 16 bits without fp32 masters, accumulated gradients, "
-    "CUDA graphs, your model"
-)
+NEVER = "NVMe offload, fp16, parameters in 16 bits without fp32 masters, accumulated gradients, CUDA graphs, your model"
 """What the library serves and ``alphaadam verify`` never runs."""
 
 
@@ -51,7 +48,8 @@ def show(console: Console, rows: Sequence[Row], device: torch.device, left_out: 
             console.print(f"[red]{escape(row.sharding)}, {row.setting}:[/red] {escape(problem)}", soft_wrap=True)
     if left_out:
         console.print(f"Not tried here: {escape(', '.join(left_out))}", soft_wrap=True)
-    console.print(f"Never tried: {NEVER}", soft_wrap=True)
+    never = NEVER if device.type == "cpu" else f"{NEVER}, context parallel"
+    console.print(f"Never tried: {never}", soft_wrap=True)
     failed = sum(bool(row.problems) for row in rows)
     if failed:
         console.print(f"[red]{failed} of {len(rows)} rows failed.[/red]")

@@ -28,6 +28,7 @@ from .. import kernels
 from ..optimizer import AlphaOptimizer
 from . import shardings, zero
 from .collectives import Collectives
+from .experts import mixtral
 from .model import InBfloat16, Llama, token_batches
 from .settings import ADAMW, REFERENCE, Setting
 from .trainee import Trainee, of_module
@@ -110,34 +111,38 @@ class Start:
         train: trains with a setting, on the fast kernels or not.
         steps_on: the device whose kernels step.
         bf16: the model is in bf16, and a small one: many CPUs take long to multiply in bf16.
+        experts: the model has experts.
     """
 
     settings: Sequence[Setting]
     train: Callable[[Setting, bool], Trained]
     steps_on: torch.device
     bf16: bool = False
+    experts: bool = False
 
 
-def llama(device: torch.device, *, bf16: bool = False) -> Llama:
+def llama(device: torch.device, *, bf16: bool = False, experts: bool = False) -> Llama:
     """What is trained."""
-    return Llama(width=SMALL_WIDTH if bf16 else WIDTH).to(device)
+    width = SMALL_WIDTH if bf16 else WIDTH
+    return (mixtral(width) if experts else Llama(width=width)).to(device)
 
 
 def under(sharding: shardings.Sharding, device: torch.device) -> Start:
     def start(setting: Setting, fast: bool) -> Trained:
-        model = sharding.shard(llama(device), device)
+        model = sharding.shard(llama(device, experts=sharding.experts), device)
         optimizer = setting.optimizer(model.named_parameters(), fast, **sharding.options())
         return train(sharding.trainee(model, optimizer), device)
 
-    return Start(sharding.settings, start, device)
+    return Start(sharding.settings, start, device, experts=sharding.experts)
 
 
 def under_zero(kind: zero.Zero, device: torch.device) -> Start:
     def start(setting: Setting, fast: bool) -> Trained:
-        with kind.trainee(llama(device, bf16=kind.bf16), setting, BATCH, fast) as trainee:
+        model = llama(device, bf16=kind.bf16, experts=kind.experts)
+        with kind.trainee(model, setting, BATCH, fast) as trainee:
             return train(trainee, device)
 
-    return Start(kind.settings, start, torch.device("cpu") if kind.offload else device, kind.bf16)
+    return Start(kind.settings, start, torch.device("cpu") if kind.offload else device, kind.bf16, kind.experts)
 
 
 def of_deepspeed() -> tuple[zero.Zero, ...]:
@@ -165,6 +170,8 @@ def left_out(device: torch.device) -> list[str]:
         missing.append(f"ZeRO ({problem})")
     else:
         missing += [f"{kind.name} ({kind.possible(world)})" for kind in of_deepspeed() if kind.possible(world)]
+    if device.type == "cpu":
+        missing.append("context parallel (torch has no causal ring attention on a CPU)")
     for steps_on in dict.fromkeys(start.steps_on for start in starts(device).values()):
         problem = no_fast_kernels(steps_on)
         missing += [f"the fast kernels on {steps_on.type} ({problem})"] if problem else []
@@ -217,11 +224,12 @@ class Alone:
         return found
 
 
-def alone(device: torch.device, setting: Setting, *, bf16: bool, fast: bool) -> Alone:
+def alone(device: torch.device, setting: Setting, *, bf16: bool, experts: bool, fast: bool) -> Alone:
     """Train in one process: rank 0's, because ranks may share processors. Collective."""
     result: list[Any] = [None]
     if dist.get_rank() == 0:
-        model = InBfloat16(llama(device, bf16=True)) if bf16 else llama(device)
+        bare = llama(device, bf16=bf16, experts=experts)
+        model = InBfloat16(bare) if bf16 else bare
         start = dict(shardings.full_parameters(model))
         optimizer = setting.optimizer(model.named_parameters(), fast)
         result = [Alone(start, train(of_module(model, optimizer, shardings.full_parameters), device))]
@@ -234,9 +242,10 @@ def rows(device: torch.device, chosen: Mapping[str, Start]) -> Iterator[Row]:
 
     Where some rank has no fast kernels, all rows are on the reference, as training would be.
     """
-    one_process = functools.cache(functools.partial(alone, device))
+    trained_alone = functools.cache(functools.partial(alone, device))
     for sharding, start in chosen.items():
         fast = no_fast_kernels(start.steps_on) is None
+        one_process = functools.partial(trained_alone, bf16=start.bf16, experts=start.experts)
         tried = [setting for setting in start.settings if fast or setting is not REFERENCE]
         trained = {}
         try:
@@ -247,14 +256,14 @@ def rows(device: torch.device, chosen: Mapping[str, Start]) -> Iterator[Row]:
             yield _same_everywhere(Row(sharding, setting.name, problems=[f"{type(error).__name__}: {error}"]))
             continue
         adamw = trained.pop(ADAMW)
-        adamw_deviation = one_process(ADAMW, bf16=start.bf16, fast=False).deviation(adamw)
+        adamw_deviation = one_process(ADAMW, fast=False).deviation(adamw)
         bar = BARS[start.bf16].beyond(adamw_deviation)
         for setting, ours in trained.items():
-            theirs = one_process(setting, bf16=start.bf16, fast=fast)
+            theirs = one_process(setting, fast=fast)
             row = Row(sharding, setting.name, theirs.deviation(ours), adamw_deviation)
             row.seconds, row.adamw_seconds = ours.seconds, adamw.seconds
             row.problems = _disagreements(ours) + theirs.differences(ours, bar)
-            reference = one_process(setting, bf16=start.bf16, fast=False)
+            reference = one_process(setting, fast=False)
             unlike = reference.differences(theirs.trained, BARS[start.bf16])
             row.problems += [f"one process on the fast kernels against the reference: {problem}" for problem in unlike]
             _judge_collectives(row, ours.collectives - adamw.collectives, setting.collectives)

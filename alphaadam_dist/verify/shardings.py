@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torch.optim import Optimizer
 
 from ..shards import clean_names
-from . import pipelined
+from . import experts, pipelined
 from .model import HEADS, Block, Llama
 from .settings import CLIPPED, DELAYED, EXACT, LAYER, LION, LOOKAHEAD, REFERENCE, SGD, THRESHOLD, Setting
 from .trainee import Trainee, of_module
@@ -36,6 +36,7 @@ class Sharding:
         needs_group: AlphaAdam is told the process group.
         settings: what is tried of the optimizer.
         trainee: what drives the sharded model.
+        experts: the model is the one with experts.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Sharding:
     trainee: Callable[[nn.Module, Optimizer], Trainee] = lambda model, optimizer: of_module(
         model, optimizer, full_parameters
     )
+    experts: bool = False
 
     def options(self) -> dict[str, Any]:
         return {"process_group": dist.group.WORLD} if self.needs_group else {}
@@ -119,6 +121,11 @@ def _tensor_and_fsdp2(model: Llama, device: torch.device) -> Llama:
     return fsdp2(tensor_parallel(model, mesh["tp"], sequence=False), mesh["dp"])
 
 
+def _experts_and_fsdp2(model: Llama, device: torch.device) -> Llama:
+    experts.shard_experts(model, device)
+    return fsdp2(model, _whole(device))
+
+
 def _whole(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
@@ -144,6 +151,13 @@ SHARDINGS = (
         lambda model, device: tensor_parallel(model, _whole(device), sequence=False),
     ),
     Sharding("TP 2 x FSDP2", lambda world: world >= 4 and world % 2 == 0, _tensor_and_fsdp2),
+    Sharding(
+        "EP 2 x FSDP2",
+        lambda world: world % 2 == 0,
+        _experts_and_fsdp2,
+        settings=(EXACT, DELAYED),
+        experts=True,
+    ),
     Sharding(
         "pipeline 2 x 2",
         lambda world: world % 2 == 0,

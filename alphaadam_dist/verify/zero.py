@@ -2,7 +2,7 @@
 
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -40,7 +40,12 @@ def _deepspeed() -> Any:
 
 
 @contextmanager
-def engine(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], **arguments: Any) -> Iterator[Any]:
+def engine(
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[Any], Optimizer],
+    config: dict[str, Any],
+    **arguments: Any,
+) -> Iterator[Any]:
     """DeepSpeed's engine, and afterwards its process as it was: it keeps the groups of its parallelism."""
     from deepspeed.utils import groups
 
@@ -55,13 +60,18 @@ def engine(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], **arg
 
 @dataclass(frozen=True)
 class Zero:
-    """A stage of ZeRO: in fp32 or with a model in bf16, and with the optimizer's part on the device or on the CPU."""
+    """A stage of ZeRO: in fp32 or with a model in bf16, and with the optimizer's part on the device or on the CPU.
+
+    Attributes:
+        experts: the model is the one with experts.
+    """
 
     name: str
     stage: int
     settings: Sequence[Setting]
     bf16: bool = False
     offload: bool = False
+    experts: bool = False
 
     def possible(self, world: int) -> str | None:
         """Why this cannot be tried on so many ranks; None where it can."""
