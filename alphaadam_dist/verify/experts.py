@@ -21,8 +21,8 @@ class Experts(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(EXPERTS, width, inner))
+        self.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, 2 * inner, width, device="cpu"))
+        self.down_proj = nn.Parameter(torch.empty(EXPERTS, width, inner, device="cpu"))
         self.act_fn, self.num_experts = nn.SiLU(), EXPERTS  # AutoEP asks for them
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:

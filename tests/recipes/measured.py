@@ -17,6 +17,7 @@ from alphaadam_dist import AlphaAdam
 
 def storages() -> dict[int, int]:
     """The size in bytes of the memory of every tensor that Python can reach, by its address."""
+    gc.collect()  # what nobody holds any more is not what training takes
     tensors = [found for found in gc.get_objects() if isinstance(found, Tensor)]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     found = {}
@@ -69,7 +70,6 @@ BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_
 
 def under_zero(stage: int, offload: bool, make: Callable[[], nn.Module] = llama, state_dtype: str | None = None) -> int:
     """The most bytes alive at the beginning of the second step, whose moments exist."""
-    gc.collect()
     before = storages()
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -96,7 +96,6 @@ def under_zero(stage: int, offload: bool, make: Callable[[], nn.Module] = llama,
 
 def under_fsdp2(state_dtype: str | None = None) -> int:
     """The same under FSDP2, as Accelerate does it: fp32 shards, bf16 in forward and backward; or all in bf16."""
-    gc.collect()
     before = storages()
     model = llama() if state_dtype is None else llama().bfloat16()
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
