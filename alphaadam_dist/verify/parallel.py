@@ -38,6 +38,13 @@ class Pairs(zero.Zero):
         return f"needs deepspeed>={self.since}" if versions.before(self.since) else None
 
 
+def of_pair(held: Tensor, dim: int, group: Any) -> Tensor:
+    """What both ranks of a pair hold of a parameter, along ``dim``. Collective over the pair."""
+    parts = [torch.empty_like(held) for _ in range(2)]
+    dist.all_gather(parts, held.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
 class AutoTp(Pairs):
     """AutoTP splits heads and inner widths; embedding, norms and head stay whole."""
 
@@ -57,9 +64,7 @@ class AutoTp(Pairs):
             held = param.detach()
             dims = [dim for dim, pattern in enumerate((COLUMNS, ROWS)) if re.match(pattern, name)]
             for dim in dims:
-                parts = [torch.empty_like(held) for _ in range(2)]
-                dist.all_gather(parts, held.contiguous(), group=group)
-                held = torch.cat(parts, dim)
+                held = of_pair(held, dim, group)
             yield name, held.cpu().clone()
 
 
@@ -150,10 +155,7 @@ class AutoEp(Pairs):
         params = dict(started.module.named_parameters())
 
         def stacked(name: str) -> Tensor:
-            held = params[name].detach()
-            parts = [torch.empty_like(held) for _ in range(2)]
-            dist.all_gather(parts, held, group=groups._get_expert_parallel_group("ep_size_2"))
-            return torch.cat(parts).cpu()
+            return of_pair(params[name].detach(), 0, groups._get_expert_parallel_group("ep_size_2")).cpu()
 
         for name, param in params.items():
             experts, _, weight = name.rpartition(".")

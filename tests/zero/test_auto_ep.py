@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +18,7 @@ from tests.marks import nightly_but
 from tests.older import since_deepspeed
 from tests.ranks import Ranks
 from tests.zero import engine
+from tests.zero.mixtral import LAYER, Mixtral, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +27,7 @@ pytestmark = [
 ]
 
 CELLS: dict[str, dict[int, Cell]] = {"AutoEP (`expert_parallel`)": {stage: served() for stage in range(4)}}
-STEPS, SAVED_AFTER, WIDTH, INNER, EXPERTS = 6, 3, 16, 24, 4
+STEPS, SAVED_AFTER = 6, 3
 
 
 def values(key: str, shape: torch.Size | tuple[int, ...], step: int) -> Tensor:
@@ -37,32 +36,15 @@ def values(key: str, shape: torch.Size | tuple[int, ...], step: int) -> Tensor:
     return torch.randn(shape, generator=generator).bfloat16().float()
 
 
-class Mlp(nn.Module):
-    """A router and experts in one tensor, as Transformers has them."""
+class Model(Mixtral):
+    """Experts that are exact in bf16, and a given gradient."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.experts = nn.Linear(WIDTH, EXPERTS, bias=False), nn.Module()
-        self.experts.gate_up_proj = nn.Parameter(values("up", (EXPERTS, 2 * INNER, WIDTH), -1))
-        self.experts.down_proj = nn.Parameter(values("down", (EXPERTS, WIDTH, INNER), -1))
-        self.experts.act_fn, self.experts.num_experts = nn.SiLU(), EXPERTS
-
-
-class Model(nn.Module):
-    """A layer that AutoEP takes for Mixtral's, a norm, and a given gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, layer = nn.Module(), nn.Module()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            layer.mlp, layer.norm = Mlp(), nn.LayerNorm(WIDTH)
-        self.model.layers = nn.ModuleList([layer])
+        with torch.no_grad():
+            for name, weights in self.get_submodule(LAYER).experts.named_parameters():
+                weights.copy_(values(name, weights.shape, -1))
         self.step = 0
-        self.config = SimpleNamespace(
-            model_type="mixtral", num_local_experts=EXPERTS, num_experts_per_tok=2, hidden_size=WIDTH,
-            intermediate_size=INNER, hidden_act="silu",
-        )  # fmt: skip
 
     def forward(self, zero: Tensor) -> Tensor:
         products = [
@@ -75,14 +57,6 @@ class Model(nn.Module):
 def key_of(name: str, param: Any) -> str:
     """Two expert-parallel ranks each have two of the experts."""
     return name if getattr(param, "allreduce", True) else f"{name}[expert rank {dist.get_rank() % 2}]"
-
-
-def start(stage: int, options: dict[str, Any]) -> Any:
-    expert_parallel = {"enabled": True, "autoep_size": 2, "preset_model": "mixtral", "use_grouped_mm": False}
-    adam = {"type": "AlphaAdam", "params": {"lr": engine.LR, "weight_decay": 0.1, **options}}
-    config = {**engine.config(stage), "expert_parallel": expert_parallel, "optimizer": adam}
-    model = Model()
-    return deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))[0]
 
 
 def whole(started: Any) -> dict[str, Tensor]:
@@ -104,13 +78,13 @@ def steps(started: Any, first: int, last: int) -> list[Any]:
 
 def given(stage: int, options: dict[str, Any], folder: str = "") -> dict[str, Any]:
     """With a folder another engine goes on from a checkpoint after half the steps."""
-    started = start(stage, options)
+    started = start(Model(), stage, "AlphaAdam", lr=engine.LR, **options)
     begun = whole(started)
     seen = steps(started, 0, SAVED_AFTER)
     if folder:
         started.save_checkpoint(folder, tag="t")
         started.destroy()
-        started = start(stage, options)
+        started = start(Model(), stage, "AlphaAdam", lr=engine.LR, **options)
         started.load_checkpoint(folder, tag="t")
     seen += steps(started, SAVED_AFTER, STEPS)
     result = {"begun": begun, "seen": seen, "params": whole(started)}

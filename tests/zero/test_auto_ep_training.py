@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tests.models import token_batches
 from tests.older import since_deepspeed
 from tests.ranks import Ranks
 from tests.zero import engine
+from tests.zero.mixtral import LAYER, WIDTH, Mixtral, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,50 +26,18 @@ pytestmark = [
     since_deepspeed("0.19.8", "has no such AutoEP"),
 ]
 
-VOCABULARY, WIDTH, INNER, EXPERTS, CHOSEN = 67, 16, 24, 4, 2
+VOCABULARY = 67
 STEPS, SAVED_AFTER, LR = 20, 10, 1e-3
-LAYER = "model.layers.0.mlp"
 
 
-class Mlp(nn.Module):
-    """Mixtral's: each token goes to the two experts that the router weighs most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.experts = nn.Linear(WIDTH, EXPERTS, bias=False), nn.Module()
-        self.experts.gate_up_proj = nn.Parameter(0.3 * torch.randn(EXPERTS, 2 * INNER, WIDTH))
-        self.experts.down_proj = nn.Parameter(0.3 * torch.randn(EXPERTS, WIDTH, INNER))
-        self.experts.act_fn, self.experts.num_experts = nn.SiLU(), EXPERTS
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Where AutoEP does not stand in its place."""
-        tokens = x.flatten(0, 1)
-        weights, chosen = self.gate(tokens).softmax(-1).topk(CHOSEN)
-        weights, out = weights / weights.sum(-1, keepdim=True), torch.zeros_like(tokens)
-        for expert in range(EXPERTS):
-            rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = (tokens[rows] @ self.experts.gate_up_proj[expert].T).chunk(2, -1)
-            out = out.index_add(
-                0, rows, weights[rows, slots, None] * (F.silu(gate) * up @ self.experts.down_proj[expert].T)
-            )
-        return out.view_as(x)
-
-
-class Model(nn.Module):
-    """Words, one layer that AutoEP takes for Mixtral's, and words again."""
+class Model(Mixtral):
+    """Words, the layer, and words again."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.model, layer = nn.Module(), nn.Module()
         with torch.random.fork_rng():
-            torch.manual_seed(0)
-            layer.norm, layer.mlp = nn.LayerNorm(WIDTH), Mlp()
+            torch.manual_seed(1)
             self.words, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
-        self.model.layers = nn.ModuleList([layer])
-        self.config = SimpleNamespace(
-            model_type="mixtral", num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, hidden_size=WIDTH,
-            intermediate_size=INNER, hidden_act="silu",
-        )  # fmt: skip
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, (layer,) = self.words(tokens), self.model.layers
@@ -77,23 +45,18 @@ class Model(nn.Module):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def start(stage: int, kind: str) -> Any:
-    expert_parallel = {"enabled": True, "autoep_size": 2, "preset_model": "mixtral", "use_grouped_mm": False}
-    config = {**engine.config(stage), "expert_parallel": expert_parallel, "zero_allow_untested_optimizer": True}
-    extra = {"torch_adam": True} if kind == "AdamW" else {}
-    config["optimizer"] = {"type": kind, "params": {"lr": LR, "weight_decay": 0.1, **extra}}
-    model = Model()
-    return engine.deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))[0]
+def begin(stage: int, kind: str) -> Any:
+    return start(Model(), stage, kind, lr=LR, **({"torch_adam": True} if kind == "AdamW" else {}))
 
 
 def train(stage: int, kind: str, folder: str = "") -> dict[str, Any]:
     """Every rank on its share of each batch. With a folder another engine goes on from a checkpoint after half."""
-    started, seen = start(stage, kind), []
+    started, seen = begin(stage, kind), []
     for i, batch in enumerate(token_batches(STEPS, 8)):
         if folder and i == SAVED_AFTER:
             started.save_checkpoint(folder, tag="t")
             started.destroy()
-            started = start(stage, kind)
+            started = begin(stage, kind)
             started.load_checkpoint(folder, tag="t")
         started.backward(started(batch.chunk(dist.get_world_size())[dist.get_rank()]))
         started.step()
