@@ -26,7 +26,7 @@ from .rounding import Positions, key_of
 from .shards import Shard
 from .torch_versions import all_gather_single
 
-SLICE_BYTES = 2 * 2**20  # of the exchange, in memory at a time
+SLICE_BYTES = 2**20  # of the exchange, in memory at a time
 EXCHANGE = "handshake (exchange of who holds which shard)"
 NOWHERE = Positions(0, 2**62, 2**62)  # of padding, whose random bits are of no element
 

@@ -52,8 +52,11 @@ def _serve(rank: int, world: int, store: str, port: int, connection: Connection)
             return
         try:
             connection.send((True, function(*args, **kwargs)))
+            continue
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            error = traceback.format_exc()
+        gc.collect()  # its frames hold files, which would stay open while this process is stopped
+        connection.send((False, error))
 
 
 class Ranks:
