@@ -115,8 +115,8 @@ SLOW = Stage(
 UNCLIPPED = Stage("No clipping", tuple(Case(task, clip=False) for task in TASKS), CONTROLLED)
 
 SHORT = (ONE, ITS_OPTIONS, SLOW)
-LONG = (FOUR, ONE, TRIED, SIXTEEN, SIZES, ITS_OPTIONS, SLOW, UNCLIPPED, OTHERS)
-"""In the order in which they are run: what the defaults depend on comes first."""
+LONG = (FOUR, ONE, TRIED, SIXTEEN, ITS_OPTIONS, SLOW, UNCLIPPED, OTHERS, SIZES)
+"""In the order in which they are run: what the defaults depend on comes first, what takes as long as all the rest last."""
 # One seed tunes the rate, three judge: a unit is one run, and each finished optimizer is a row.
 LARGE = (
     Stage(
