@@ -71,8 +71,9 @@ def main(
     date = datetime.date.today().isoformat()
     kind = "-large" if large else "-long" if long else ""
     stem = out / f"{date}-convergence{kind}{'-part' if task or optimizer else ''}"
-    tables = report.write(stem, scale, study, machine(), date)
-    written = [stem.with_suffix(".md"), *plots.draw(stem, study)]
+    tables = report.write(stem.with_suffix(".md"), study, f"{date}, {machine()}")
+    runner.publish(stem.with_suffix(".jsonl.gz"), study.done)
+    written = [stem.with_suffix(".md"), stem.with_suffix(".jsonl.gz"), *plots.draw(stem, study)]
     if fill:
         report.fill(PAGE, tables)
         written.append(PAGE)

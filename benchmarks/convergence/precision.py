@@ -9,7 +9,6 @@ unit in the last place stands still when it is rounded to the nearest.
 from __future__ import annotations
 
 import datetime
-import json
 from statistics import fmean
 
 import torch
@@ -20,7 +19,7 @@ from . import tasks
 from .__main__ import CACHE, RESULTS, machine
 from .analysis import paired
 from .protocol import SMALL
-from .report import entry, show, table
+from .report import show, table
 from .runner import Runner, start_process
 from .runs import Job
 from .trial import Setting
@@ -51,8 +50,7 @@ def main() -> None:
     stem = RESULTS / f"{date}-precision"
     head = f"{date}, {where}, torch {torch.__version__}; `python -m benchmarks.convergence.precision`."
     stem.with_suffix(".md").write_text("\n".join([*report(runner, head), ""]))
-    runs = [entry(runner.done[job]) for job in jobs]
-    stem.with_suffix(".json").write_text(json.dumps({"date": date, "machine": where, "runs": runs}) + "\n")
+    runner.publish(stem.with_suffix(".jsonl.gz"), jobs)
     print(f"wrote {stem.with_suffix('.md')}")
 
 

@@ -116,7 +116,7 @@ UNCLIPPED = Stage("No clipping", tuple(Case(task, clip=False) for task in TASKS)
 
 SHORT = (ONE, ITS_OPTIONS, SLOW)
 LONG = (FOUR, ONE, TRIED, SIXTEEN, ITS_OPTIONS, SLOW, UNCLIPPED, OTHERS, SIZES)
-"""In the order in which they are run: what the defaults depend on comes first, what takes as long as all the rest last."""
+"""In the order in which they are run: what the defaults depend on comes first, what takes longest last."""
 # One seed tunes the rate, three judge: a unit is one run, and each finished optimizer is a row.
 LARGE = (
     Stage(

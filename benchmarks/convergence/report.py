@@ -1,12 +1,10 @@
-"""The report: tables in Markdown, every run in JSON, and the tables that docs/results.md shows."""
+"""The report: tables in Markdown, and those that docs/results.md shows."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +15,6 @@ from .analysis import Difference
 from .protocol import Case, Missing, Stage, Study
 from .runs import Result
 from .search import at_end
-from .tasks import Scale
 from .trial import Setting
 from .variants import ADAMW, BY_NAME, CORE, VARIANTS
 
@@ -26,15 +23,15 @@ SIZES = {"llama": [Case("llama"), *protocol.SIZES.cases]}
 Tables = Mapping[str, list[str]]
 
 
-def write(stem: Path, scale: Scale, study: Study, machine: str, date: str) -> Tables:
-    """Write ``stem``.md and ``stem``.json, of a sweep cut short what is finished. Returns the tables by name."""
+def write(page: Path, study: Study, when_and_where: str) -> Tables:
+    """Write a page of all tables, of a sweep cut short what is finished. Returns the tables by name."""
     tables = all_tables(study)
     seeds = len(study.seeds.finals)
     lines = [
         "# Convergence: the tables",
         "",
-        f"{date}, {machine}, torch {torch.__version__}; `python -m benchmarks.convergence`. What it means is in "
-        "[docs/results.md](../../docs/results.md).",
+        f"{when_and_where}, torch {torch.__version__}; `python -m benchmarks.convergence`. What it means is in "
+        f"[docs/results.md](../../docs/results.md); {page.stem}.jsonl.gz has every run, as the cache does.",
         "",
         f"Held-out loss, {seeds} seeds, each optimizer at its own best setting, and the 95 % interval of the paired "
         "difference over seeds and held-out documents. **Bold**: clear of 0 also where all differences of a table are "
@@ -42,10 +39,7 @@ def write(stem: Path, scale: Scale, study: Study, machine: str, date: str) -> Ta
     ]
     for title, rows in tables.items():
         lines += ["", f"## {title}", "", *rows]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    about = {"date": date, "machine": machine, "torch": torch.__version__, "scale": asdict(scale)}
-    runs = [entry(result) for result in study.done.values()]
-    stem.with_suffix(".json").write_text(json.dumps({**about, "runs": runs}) + "\n")
+    page.write_text("\n".join(lines) + "\n")
     return tables
 
 
@@ -224,13 +218,6 @@ def counterexample(study: Study, name: str) -> list[str]:
     seeds = len(protocol.COUNTEREXAMPLE_SEEDS)
     caption = f"{task.measure.capitalize()}, mean of {seeds} seeds, by learning rate (a variant's scale comes to it)."
     return [caption, "", *table(["", *(f"{Setting(rate).lr:.2g}" for rate in rates)], rows)]
-
-
-def entry(result: Result) -> dict[str, object]:
-    """A run as the JSON has it: the mean loss in place of the documents', None where it diverged."""
-    values = asdict(result)
-    del values["documents"]
-    return {**values, "final": round(result.final, 5) if math.isfinite(result.final) else None}
 
 
 def fill(page: Path, tables: Tables) -> list[str]:
