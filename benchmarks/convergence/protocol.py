@@ -75,11 +75,11 @@ class Case:
             return replace(self, clip=True, fixed=())
         if self.size > 1:  # as many tokens a parameter
             return Case(self.task, self.size // 4, self.length // 4)
-        return replace(self, length=self.length // 4) if self.length > 1 else None
+        return Case(self.task, length=self.length // 4) if self.length > 1 else None
 
 
 EMBEDDING = ("embedding",)
-# A model of sixteen times the parameters keeps what a quarter of it was tuned to and has its rate tuned anew.
+# Sixteen times the steps or parameters keep what a quarter of them was tuned to and have their rate tuned anew.
 ALL_BUT_RATE = ("beta1", "embedding", "lookahead", "gamma")
 
 
@@ -103,7 +103,7 @@ ONE = Stage("Short runs", tuple(Case(task) for task in TASKS), CORE, (ADAMW, ALP
 BOTH_BASES = (BY_NAME[ADAMW], BY_NAME[ALPHAADAM])
 ITS_OPTIONS = Stage("Short runs: AlphaAdam's options", ONE.cases, (*BOTH_BASES, *OPTIONS), (ADAMW, ALPHAADAM))
 OTHERS = Stage("Short runs: peers", ONE.cases, (*BOTH_BASES, *PEERS), (ADAMW, ALPHAADAM))
-SIXTEEN = Stage("Sixteen times the steps", tuple(Case(task, length=16) for task in SCRATCH), CORE)
+SIXTEEN = Stage("Sixteen times the steps", tuple(Case(task, length=16, fixed=ALL_BUT_RATE) for task in SCRATCH), CORE)
 SIZES = Stage(
     "Larger models, as many tokens a parameter",
     (Case("llama", size=4, length=4), Case("llama", size=16, length=16, fixed=ALL_BUT_RATE)),

@@ -18,7 +18,7 @@ from .search import at_end
 from .trial import Setting
 from .variants import ADAMW, BY_NAME, CORE, VARIANTS
 
-LENGTHS = {task: [Case(task, length=n) for n in (1, 4, 16)] for task in protocol.SCRATCH}
+LENGTHS = {case.task: [Case(case.task), Case(case.task, length=4), case] for case in protocol.SIXTEEN.cases}
 SIZES = {"llama": [Case("llama"), *protocol.SIZES.cases]}
 Tables = Mapping[str, list[str]]
 
