@@ -1,7 +1,10 @@
 """Acts on a module as soon as somebody imports it, without importing it.
 
-Under `alphaadam run` every Python process loads this file at its start, by itself: it imports nothing that costs time.
+Under `alphaadam run` every Python process loads this file at its start, by itself: it imports nothing that costs time,
+and an older Python can read it.
 """
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence

@@ -5,9 +5,11 @@ inherit it. To ranks on other nodes it goes the launcher's way: torchrun and acc
 `deepspeed` hands on PYTHONPATH itself, and our variables by ``zero/registration.py``; mpirun and srun are told here.
 """
 
+import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,6 +21,8 @@ _PYTHON = re.compile(r"(python|pypy)[\d.]*$")
 _WITH_VALUE = "XW"
 _SKIPS = {"I": "ignores the environment", "E": "ignores PYTHONPATH", "S": "runs no sitecustomize"}
 _SLURM = ("srun", "sbatch", "salloc")
+_OWN_PATH = re.compile(r"(?:^|[\s,;=])PYTHONPATH=(?!\S*\$\{?PYTHONPATH)")
+"""A PYTHONPATH that does not take over the one before it."""
 
 
 def replace_process(command: list[str]) -> None:
@@ -27,19 +31,30 @@ def replace_process(command: list[str]) -> None:
     Raises:
         ValueError: there is no such command, or it tells Python to skip what makes AlphaAdam known.
     """
-    found = shutil.which(command[0])
+    name, in_front = command[0], f"write what runs it in front, as in `bash {command[0]}` or `python {command[0]}`"
+    found = shutil.which(name)
+    if found is None and Path(name).is_file():
+        raise ValueError(f"{name} is a file, but no command: {in_front}")
     if found is None:
-        raise ValueError(f"there is no command {command[0]!r}: check its name, and that its environment is activated")
+        raise ValueError(f"there is no command {name!r}: check its name, and that its environment is activated")
     refuse_skipped(command, shebang(found))
     variables = environment(os.environ)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(found, told(command, variables), variables)
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python at its start, and then by what it becomes
+        signal.signal(ignored, signal.SIG_DFL)
+    try:
+        os.execve(found, told(command, variables), variables)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+        raise ValueError(f"{name} is a script without a first line (#!) that says what runs it: {in_front}") from None
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """The environment with our folder in front of PYTHONPATH, and in what SLURM is told to hand on."""
-    others = [entry for entry in given.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != STARTUP]
+    before = given.get("PYTHONPATH")
+    others = [entry for entry in before.split(os.pathsep) if entry != STARTUP] if before else []  # "": this folder
     result = {**given, "PYTHONPATH": os.pathsep.join([STARTUP, *others])}
     for name in ("SLURM_EXPORT_ENV", "SBATCH_EXPORT", "SALLOC_EXPORT"):
         if name in result:
@@ -55,7 +70,7 @@ def handed_on(variables: Mapping[str, str]) -> list[str]:
 def told(command: list[str], variables: Mapping[str, str]) -> list[str]:
     """The command, in which mpirun and SLURM are told what to hand on, where they would not do so by themselves."""
     first, *others = command
-    name = Path(first).name
+    name = Path(first).name.removesuffix(".openmpi")  # as Debian has it
     if name in ("mpirun", "mpiexec", "orterun") and _is_open_mpi(first):
         return [first, *(word for name in handed_on(variables) for word in ("-x", name)), *others]
     if name in _SLURM:
@@ -64,9 +79,14 @@ def told(command: list[str], variables: Mapping[str, str]) -> list[str]:
                 others[i + 1] = _exported(others[i + 1], variables)
             elif word.startswith("--export="):
                 others[i] = f"--export={_exported(word.removeprefix('--export='), variables)}"
-            elif not word.startswith("-"):
+            elif word == "--" or not (word.startswith("-") or (i and _takes_the_next(others[i - 1]))):
                 break
     return [first, *others]
+
+
+def _takes_the_next(word: str) -> bool:
+    """An option that may have its value in the next word: SLURM has too many to know those that have none."""
+    return word.startswith("-") and ("=" not in word if word.startswith("--") else len(word) == 2)
 
 
 def _exported(given: str, variables: Mapping[str, str]) -> str:
@@ -89,10 +109,16 @@ def shebang(path: str) -> list[str]:
 
 
 def refuse_skipped(*lines: Iterable[str]) -> None:
-    """Raise ValueError where a command line or a shebang starts Python with -I, -E or -S."""
+    """Raise ValueError where a command line or a shebang starts Python with -I, -E, -S or a PYTHONPATH of its own."""
     for line in lines:
         words = list(line)
         for i, word in enumerate(words):
+            if _OWN_PATH.search(word):
+                raise ValueError(
+                    f"{word}: this PYTHONPATH would stand in place of the one by which Python knows AlphaAdam. Write "
+                    "it in front, as in `PYTHONPATH=... alphaadam run -- COMMAND`, or write `import alphaadam_dist` "
+                    "into the script"
+                )
             if not _PYTHON.match(Path(word).name):
                 continue
             for letter in _flags(words[i + 1 :]):

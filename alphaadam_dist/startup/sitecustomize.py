@@ -1,8 +1,11 @@
 """Python runs this at its start under `alphaadam run`, which puts this folder in front of PYTHONPATH.
 
 It imports alphaadam_dist as soon as somebody imports DeepSpeed or HF's training arguments, and until then nothing that
-costs time. Then it runs the sitecustomize that it stands in front of.
+costs time. Then it runs the sitecustomize that it stands in front of. Every Python runs it, also one too old to have
+alphaadam_dist.
 """
+
+from __future__ import annotations
 
 import os
 import sys
@@ -50,6 +53,8 @@ hook = run(spec_from_file_location("alphaadam_import_hook", HOOK))
 for watched in hook.TOOLS:
     hook.when_imported(watched, import_alphaadam)
 
-hidden = PathFinder.find_spec("sitecustomize", [entry for entry in sys.path if os.path.abspath(entry) != HERE])
+# behind this one alone: one before it, or that of another installation, may have run it in the same way
+places = [os.path.abspath(entry) for entry in sys.path]
+hidden = PathFinder.find_spec("sitecustomize", sys.path[places.index(HERE) + 1 :] if HERE in places else sys.path)
 if hidden is not None:
     run(hidden)
