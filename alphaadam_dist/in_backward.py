@@ -48,9 +48,10 @@ class StepInBackward:
         _refuse(optimizer, model)
         self._owner = weakref.ref(optimizer)  # hooks live as long as parameters: they must not keep it alive
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        self._by_fsdp = any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
         # now, where all ranks are at one place, and not in the first backward
         optimizer._run.layout = parameters.current_layout(optimizer)
-        _refuse_unreduced(optimizer, self._reducers, optimizer._run.layout)
+        _refuse_unreduced(optimizer, self._reducers, optimizer._run.layout, by_fsdp=self._by_fsdp)
         self._lock = threading.RLock()  # a model on several devices has a thread of the backward for each
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
@@ -162,7 +163,7 @@ class StepInBackward:
         _refuse_options(optimizer)
         self._follow(optimizer)
         self._stepped.clear()
-        self._end_by(self._end_after_reducers if self._reducers else self._finish)
+        self._end_by(self._end_after_others if self._reducers or self._by_fsdp else self._finish)
 
     def _end_by(self, act: Callable[[], None]) -> None:
         def end() -> None:
@@ -172,8 +173,9 @@ class StepInBackward:
         self._backward = weakref.ref(end)
         Variable._execution_engine.queue_callback(end)
 
-    def _end_after_reducers(self) -> None:
-        self._end_by(self._finish)  # behind DDP's own callbacks, which were queued during the backward
+    def _end_after_others(self) -> None:
+        # DDP's callbacks and those of each root of FSDP2, which bring gradients, were queued during the backward
+        self._end_by(self._finish)
 
     @eager
     @torch.no_grad()
@@ -197,7 +199,7 @@ class StepInBackward:
     def _opened(self, optimizer: Persistent) -> Step:
         if self._step is None:
             layout = parameters.current_layout(optimizer)
-            _refuse_unreduced(optimizer, self._reducers, layout)
+            _refuse_unreduced(optimizer, self._reducers, layout, by_fsdp=self._by_fsdp)
             self._in_order(optimizer, [])
             self._step = Step(optimizer, layout)
         return self._step
@@ -314,10 +316,19 @@ def _refuse_options(optimizer: Persistent) -> None:
     )
 
 
-def _refuse_unreduced(optimizer: Persistent, reducers: list[DistributedDataParallel], layout: Layout) -> None:
-    """Raise ValueError where a plain parameter is on several ranks and nothing averages its gradient in backward."""
-    if layout.group is not None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+def _refuse_unreduced(
+    optimizer: Persistent, reducers: list[DistributedDataParallel], layout: Layout, *, by_fsdp: bool
+) -> None:
+    """Raise ValueError where a plain parameter is on several ranks and nothing averages its gradient in backward.
+
+    Tensor-parallel ranks compute equal gradients of what they hold alike. Where FSDP2 shards the model ranks have other
+    batches, and what it ignores is nobody's.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    if layout.group is not None and not by_fsdp:
+        return
+    copies = {shard.param for shard in layout.shards if layout.group is None or shard.replica_id >= 0}
     averaged = {
         param
         for reducer in reducers
@@ -325,10 +336,10 @@ def _refuse_unreduced(optimizer: Persistent, reducers: list[DistributedDataParal
         if name not in reducer.parameters_to_ignore
     }
     for name, param in parameters.named(optimizer.param_groups):
-        if param.requires_grad and param not in averaged:
+        if param in copies and param.requires_grad and not is_dtensor(param) and param not in averaged:
             raise ValueError(
-                f"step_in_backward on {dist.get_world_size()} ranks, each of which holds all of parameter {name!r}: "
+                f"step_in_backward on {dist.get_world_size()} ranks, several of which hold all of parameter {name!r}: "
                 "nothing averages its gradient inside the backward. Give step_in_backward the model as "
-                "DistributedDataParallel wraps it, or as FSDP2 shards it; if gradients are averaged by hand, call "
-                "step() after that, without step_in_backward"
+                "DistributedDataParallel wraps it, or as FSDP2 shards it (without ignored_params); if gradients are "
+                "averaged by hand, call step() after that, without step_in_backward"
             )

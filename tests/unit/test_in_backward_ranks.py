@@ -75,6 +75,14 @@ def by_fsdp(model: nn.Module, hybrid: bool = False, **options: Any) -> nn.Module
     return model
 
 
+def by_fsdp_in_parts(model: nn.Module) -> nn.Module:
+    """Without a root over all, which a tied head would need: each part ends its backward by itself."""
+    model.head.weight = nn.Parameter(model.embedding.weight.detach().clone())  # type: ignore[union-attr, operator]
+    for part in (model.embedding, *model.blocks, model.head):  # type: ignore[misc]
+        fully_shard(part, mesh=mesh_of(dist.get_world_size()))
+    return model
+
+
 def by_tp(model: nn.Module) -> nn.Module:
     for block in model.blocks:  # type: ignore[union-attr]
         parallelize_module(block, mesh_of(dist.get_world_size()), {"up": ColwiseParallel(), "down": RowwiseParallel()})  # type: ignore[arg-type]
@@ -91,6 +99,7 @@ KINDS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], dict[str, Any]]
     "fsdp2, kept": (by_fsdp, {"reshard_after_forward": False}, {}),
     "fsdp2, bf16": (by_fsdp, {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}, {}),
     "fsdp2, offloaded": (by_fsdp, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}),
+    "fsdp2, several roots": (by_fsdp_in_parts, {}, {}),
     "hsdp": (by_fsdp, {"hybrid": True}, {}),
     "tp": (by_tp, {}, {}),
 }
@@ -210,6 +219,9 @@ def refused(how: str) -> str:
         elif how == "some are not averaged":
             both = nn.ModuleList([DistributedDataParallel(model), nn.Linear(2, 2)])
             AlphaAdam(both.named_parameters(), **options).step_in_backward(both)
+        elif how == "fsdp2, ignored":
+            fully_shard(model, mesh=mesh_of(2), ignored_params={model.blocks[0].norm.weight})  # type: ignore[union-attr, arg-type]
+            AlphaAdam(model.named_parameters(), **options).step_in_backward(model)
         elif how == "no_sync":
             wrapped = DistributedDataParallel(model)
             optimizer = AlphaAdam(wrapped.named_parameters(), **options)
@@ -239,7 +251,8 @@ def refused(how: str) -> str:
     ("how", "says"),
     [
         ("nobody averages", "nothing averages its gradient inside the backward"),
-        ("some are not averaged", "each of which holds all of parameter '1.weight'"),
+        ("some are not averaged", "several of which hold all of parameter '1.weight'"),
+        ("fsdp2, ignored", "several of which hold all of parameter 'blocks.0.norm.weight'"),
         ("no_sync", "no_sync(), whose gradients are of this rank alone"),
         ("accumulated", "a second backward() before the step()"),
         ("fsdp1, original", "is a shard of FSDP1"),
