@@ -18,6 +18,7 @@ from typing import Any
 from .. import groups
 from ..import_hook import HF_ARGUMENTS, HF_TRAINER, when_imported
 from ..optimizer import AlphaOptimizer
+from ..options import NAMES
 
 VARIABLE = "ALPHAADAM_OPTIM"
 """The environment variable that names the optimizer of every Trainer."""
@@ -66,13 +67,18 @@ def options_of(kind: type[AlphaOptimizer], args: Any) -> dict[str, Any]:
         ValueError: ``optim_args`` is not of the form "gamma=0.1,sync=delayed".
     """
     fields = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    options = {name: value for name, value in fields.items() if name in kind.hyperparameters}
-    for part in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
-        name, equals, text = part.partition("=")
+    return {**{name: value for name, value in fields.items() if name in kind.hyperparameters}, **_told(args)}
+
+
+def _told(args: Any) -> dict[str, Any]:
+    """What ``optim_args`` say."""
+    told = {}
+    for part in filter(None, map(str.strip, (args.optim_args or "").split(","))):
+        name, equals, text = map(str.strip, part.partition("="))
         if not (name and equals and text):
             raise ValueError(f'optim_args has {part!r}: write name=value, as in "gamma=0.1,sync=delayed"')
-        options[name] = _value(text)
-    return options
+        told[name] = _value(text)
+    return told
 
 
 def _value(text: str) -> Any:
@@ -84,6 +90,21 @@ def _value(text: str) -> Any:
         except ValueError:
             pass
     return text
+
+
+def _refuse_passed_over(args: Any, found: AlphaOptimizer) -> None:
+    """Raise ValueError where whoever built the optimizer that trains never saw ``optim_args``."""
+    for name, value in _told(args).items():
+        held = getattr(found._run.options, name) if name in NAMES else found.defaults.get(name)
+        if name == "groups":
+            passed_over, trains = len(found.param_groups) == 1, "one parameter group"
+        else:
+            passed_over, trains = held != value, f"{name}={held!r}"
+        if passed_over:
+            raise ValueError(
+                f"optim_args has {name}={value!r}, but this {type(found).__name__} trains with {trains}: the DeepSpeed "
+                "config, the script or the tool brings it, and does not read optim_args. Write it there"
+            )
 
 
 def find_alpha_optimizer(optimizer: Any) -> AlphaOptimizer | None:
@@ -152,6 +173,11 @@ def _chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
         if kind is None:
             return choose(args, *others, **named)
         options = options_of(kind, args)
+        if "weight_decay" in options and "groups" not in options:
+            raise ValueError(
+                f"optim_args has weight_decay={options['weight_decay']!r}, over which the Trainer writes its own, "
+                f"{args.weight_decay!r}, in every parameter group: give it as weight_decay= (--weight_decay)"
+            )
         if "groups" in options:
             file, model = Path(str(options.pop("groups"))), others[0] if others else named["model"]
             # the Trainer takes these in place of its own two groups, which had the decay
@@ -178,9 +204,11 @@ def _callback(base: type) -> type:
         """Checks that the optimizer that was asked for trains, and logs what one of ours did."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any) -> None:
-            """Raise ValueError where something else stands in the place of the optimizer that was asked for."""
-            kind = asked_for(args)
-            if kind is not None and not isinstance(find_alpha_optimizer(optimizer), kind):
+            """Raise ValueError where something else trains than what was asked for, or with other options."""
+            kind, found = asked_for(args), find_alpha_optimizer(optimizer)
+            if kind is not None and found is not None and isinstance(found, kind):
+                _refuse_passed_over(args, found)
+            elif kind is not None:
                 while hasattr(optimizer, "optimizer"):
                     optimizer = optimizer.optimizer
                 asked = f"{VARIABLE}={os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else f"optim={_named(args)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD, parameter_groups
 from alphaadam_dist.integrations import hf_trainer
@@ -49,6 +51,47 @@ def test_arguments_become_options(name: str, kind: Any, optim_args: str | None, 
 def test_optim_args_of_another_form_are_named() -> None:
     with pytest.raises(ValueError, match=r"optim_args has 'gamma': write name=value"):
         hf_trainer.options_of(AlphaAdam, arguments(optim_args="gamma"))
+
+
+def test_a_file_may_have_spaces_in_its_name() -> None:
+    options = hf_trainer.options_of(AlphaAdam, arguments(optim_args="groups = my groups.json, gamma=0.5"))
+    assert (options["groups"], options["gamma"]) == ("my groups.json", 0.5)
+
+
+def test_a_decay_that_the_trainer_would_write_over_is_refused(tmp_path: Path) -> None:
+    """With groups it is theirs."""
+    choose = hf_trainer._chosen(lambda *_: None)
+    given = {"optim": "alphaadam", "weight_decay": 0.1}
+    with pytest.raises(ValueError, match=r"optim_args has weight_decay=0.3.*its own, 0.1.*--weight_decay"):
+        choose(arguments(optim_args="weight_decay=0.3", **given), torch.nn.Linear(2, 2))
+    file = tmp_path / "groups.json"
+    file.write_text('[{"match": "bias", "weight_decay": 0.0}]')
+    _, options = choose(arguments(optim_args=f"weight_decay=0.3,groups={file}", **given), torch.nn.Linear(2, 2))
+    assert options["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "says"),
+    [
+        ("gamma=0.5,clip_norm=1", "optim_args has clip_norm=1, but this AlphaAdam trains with clip_norm=None"),
+        ("eps=1e-6", "optim_args has eps=1e-06, but this AlphaAdam trains with eps=1e-08"),
+        (
+            "groups=groups.json",
+            "optim_args has groups='groups.json', but this AlphaAdam trains with one parameter",
+        ),
+        ("gamma=0.5,state_dtype=bfloat16,eps=1e-8", None),
+        (None, None),
+    ],
+)
+def test_what_a_json_or_a_script_would_pass_over_is_refused(optim_args: str | None, says: str | None) -> None:
+    """They bring an optimizer and never see `optim_args`."""
+    optimizer = AlphaAdam([torch.nn.Parameter(torch.ones(2))], lr=0.1, gamma=0.5, state_dtype="bfloat16")
+    callback, args = hf_trainer._callback(object)(), arguments(optim="alphaadam", optim_args=optim_args)
+    if says is None:
+        callback.on_train_begin(args, None, None, optimizer=optimizer)
+    else:
+        with pytest.raises(ValueError, match=f"{re.escape(says)}.*Write it there"):
+            callback.on_train_begin(args, None, None, optimizer=optimizer)
 
 
 def test_the_environment_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
