@@ -207,6 +207,8 @@ def bench(
         raise _failure(f"--out is {out}: there is no such folder; make it, or choose another")
     with _in_one_line("measuring needs pip install 'alphaadam-dist[deepspeed,hf]'"):
         found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if found.partition(":")[0] not in ("cpu", "cuda") or (found != "cpu" and not torch.cuda.is_available()):
+            raise ValueError(f"--device is {found}: give cpu, or cuda where torch.cuda.is_available() says True")
         step_time.run(size or step_time.SIZES, rounds, torch.device(found), out)
 
 
@@ -333,6 +335,11 @@ def plan(
         for name, rank in (("lora", lora), ("qlora", qlora)):
             if rank is not None and not 1 <= rank <= _MOST:
                 raise ValueError(f"--{name} is {rank}: it is the rank of the adapters, from 1 to {_MOST:,}")
+        if qlora is not None and step_in_backward:
+            raise ValueError(
+                f"--qlora {qlora} with --step-in-backward: it counts FSDP alone, which does not partition weights in 4 "
+                "bits here, and the gradients of adapters are small; leave --step-in-backward out"
+            )
         if state_dtype is not None and (lora or qlora):
             raise ValueError(
                 f"--state-dtype {state_dtype} with adapters: their states are small, leave one of them out"

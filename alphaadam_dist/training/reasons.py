@@ -85,4 +85,5 @@ def heard(line: str) -> Reason | None:
 def print_error(message: str) -> None:
     """Say what went wrong, as every command of this package does, after all that it has said."""
     sys.stdout.flush()
-    Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    told = f"[bold red]Error:[/bold red] {escape(message)}"
+    Console(stderr=True).print(told, highlight=False, soft_wrap=True, emoji=False)  # a path may have ":x:" in it

@@ -81,6 +81,15 @@ def test_bench_outside_of_the_repository_says_what_it_needs(monkeypatch: pytest.
     assert "make bench" in result.output
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:x", "cpu:"])
+def test_bench_names_a_device_that_is_not_there(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["bench", "--device", device, "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code == 1
+    assert f"--device is {device}: give cpu, or cuda where" in result.output
+
+
 @pytest.mark.slow
 def test_a_start_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

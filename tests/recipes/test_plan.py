@@ -301,6 +301,7 @@ def test_where_nothing_fits_the_exit_code_says_so():
         (["--gpu", "8"], ["--gpu", "--gpus"]),
         (["--lora", "0"], ["--lora", "0", "from 1 to"]),
         (["--lora", "8", "--qlora", "8"], ["--lora 8", "--qlora 8", "one of them"]),
+        (["--qlora", "8", "--step-in-backward"], ["--qlora 8", "--step-in-backward", "leave"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_fix(arguments: list[str], parts: list[str]):
