@@ -99,7 +99,8 @@ def _refuse_passed_over(args: Any, found: AlphaOptimizer) -> None:
         if name == "groups":
             passed_over, trains = len(found.param_groups) == 1, "one parameter group"
         else:
-            passed_over, trains = held != value, f"{name}={held!r}"
+            known = name in (*NAMES, *found.hyperparameters)  # torch's other options change nothing
+            passed_over, trains = known and held != value, f"{name}={held!r}"
         if passed_over:
             raise ValueError(
                 f"optim_args has {name}={value!r}, but this {type(found).__name__} trains with {trains}: the DeepSpeed "

@@ -80,6 +80,7 @@ def test_a_decay_that_the_trainer_would_write_over_is_refused(tmp_path: Path) ->
             "optim_args has groups='groups.json', but this AlphaAdam trains with one parameter",
         ),
         ("gamma=0.5,state_dtype=bfloat16,eps=1e-8", None),
+        ("gamma=0.5,foreach=False", None),
         (None, None),
     ],
 )
