@@ -367,6 +367,51 @@ def test_a_damaged_one_is_refused(value: Any) -> None:
     assert optimizer.param_groups[1]["lr_scale"] == 4.0
 
 
+class Square(nn.Module):
+    """Two parameters of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+
+
+def of_square(*order: str) -> tuple[nn.Module, AlphaAdam]:
+    model = Square()
+    optimizer = AlphaAdam(parameter_groups(model, [{"match": word, "lr_scale": 2.0} for word in order]), lr=LR)
+    for scale, (_, param) in enumerate(model.named_parameters(), start=1):
+        param.grad = torch.full((3, 3), float(scale))
+    return model, optimizer
+
+
+def test_entries_in_another_order_are_refused() -> None:
+    """Each parameter would go on with the other's moments, and no shape tells."""
+    _, saved = of_square("query", "value")
+    saved.step()
+    state = copy.deepcopy(saved.state_dict())
+    for group in state["param_groups"]:  # as DDP calls them
+        group["param_names"] = [f"module.{name}" for name in group["param_names"]]
+    _, optimizer = of_square("value", "query")
+    with pytest.raises(ValueError, match=r"group 0 of the checkpoint has query where this optimizer has value: .*"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state
+    same_order = of_square("query", "value")[1]
+    same_order.load_state_dict(state)
+    for group, name in zip(state["param_groups"], ("key", "output"), strict=True):
+        group["param_names"] = [name]
+    same_order.load_state_dict(state)  # another model's names say nothing
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_goes_by_names_whatever_the_order_of_entries() -> None:
+    model, saved = of_square("query", "value")
+    saved.step()
+    other, optimizer = of_square("value", "query")
+    set_optimizer_state_dict(other, optimizer, get_optimizer_state_dict(model, saved))
+    for name in ("query", "value"):
+        ours, theirs = optimizer.state[getattr(other, name)], saved.state[getattr(model, name)]
+        assert same_bits(ours["exp_avg"], theirs["exp_avg"]), name
+
+
 # ---- ranks that disagree
 
 
