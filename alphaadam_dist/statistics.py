@@ -215,11 +215,13 @@ class Statistics:
         return None if squared < 0 else math.sqrt(squared)
 
     def load(self, values: list[float]) -> None:
-        """Take over [T, alpha, A, C] in place of this run's own; alphas by layer start at 1 again."""
+        """Take over [T, alpha, A, C] in place of this run's own; alphas by layer start at 1 again, norms unknown."""
         self.settle()
         self._memory = torch.tensor(values, dtype=torch.float64, device=self._memory.device)
         self._alpha = torch.full_like(self._alpha, values[1] if self.options.scope == "global" else 1.0)
         self._strengths = None
+        self._moved.fill_(-1.0)
+        self._squared_norm = self._squared_update = None
 
     def state(self) -> list[float]:
         """[T, alpha, A, C]. Settles and reads the device: synchronises."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 from alphaadam_dist import AlphaAdam, AlphaLion, AlphaSGD
 from alphaadam_dist.optimizer import AlphaOptimizer
@@ -105,6 +107,20 @@ def test_a_skipped_step_leaves_the_norm_of_the_last_applied_one(options: dict[st
     expected = [None, None, moved[1], moved[2], moved[2], moved[2], moved[5]]
     assert [told for *_, told in seen] == [norm and pytest.approx(norm, rel=1e-12) for norm in expected]
     assert optimizer.metrics()["skipped"] == 3
+
+
+@pytest.mark.parametrize("mode", ["exact", "delayed", "no masks", "skipping"])
+def test_a_loaded_run_does_not_know_the_norms(mode: str) -> None:
+    """Nor those of the step by which torch's checkpoint functions make a state to load into."""
+    saved = build(telemetry=True, **MODES[mode])
+    played(saved, gradients(3))
+    resumed = build(telemetry=True, **MODES[mode])
+    _init_optim_state(resumed)
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert (resumed.metrics()["grad_norm"], resumed.metrics()["update_norm"]) == (None, None)
+    seen = played(resumed, gradients(2))
+    expected = [None, seen[0][1]] if mode in READ_FIRST else [norm for _, norm, *_ in seen]
+    assert [told for *_, told in seen] == [norm and pytest.approx(norm, rel=1e-12) for norm in expected]
 
 
 def test_an_option_switched_on_in_mid_run() -> None:
