@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -49,6 +50,25 @@ def test_maximize_ascends_as_negated_gradients_descend(mode: str) -> None:
         p.grad is not None and g is not None and same_bits(p.grad, g)
         for p, g in zip(parameters_of(up), kept, strict=True)
     )
+
+
+@modes
+@pytest.mark.parametrize("norms", [False, True])
+def test_looking_in_inference_mode_changes_nothing(mode: str, norms: bool) -> None:
+    """As trainers do during validation, also before the first step and after a load."""
+    ends = []
+    for look in (False, True):
+        optimizer = AlphaAdam([nn.Parameter(p) for p in tensors(0)], telemetry=norms, **MODES[mode])
+        for i, grads in enumerate(gradients(5)):
+            if i == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if look:
+                with torch.inference_mode():
+                    assert optimizer.metrics()["steps"] == i
+            step_with(optimizer, grads)
+        ends.append((parameters_of(optimizer), memory_of(optimizer)))
+    assert all(same_bits(p, q) for p, q in zip(ends[0][0], ends[1][0], strict=True))
+    assert ends[0][1] == ends[1][1]
 
 
 def test_step_hooks_run_around_the_step() -> None:
