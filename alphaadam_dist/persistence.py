@@ -266,6 +266,9 @@ class Persistent(Optimizer):
         if "defaults" in state:  # unpickled or copied, not loaded
             self._unpickle(dict(state))
         groups, states = state.get("param_groups", self.param_groups), state.get("state", self.state)
+        for group, ours in zip(groups, self.param_groups, strict=True):
+            if "param_names" in ours:  # those of a checkpoint may stand in its own order, as DCP's do
+                group["param_names"] = ours["param_names"]
         saved_state.take_over(type(self).__name__, groups, self.defaults, self.group_keys())
         for param in (param for group in groups for param in group["params"]):
             held = states.get(param)
