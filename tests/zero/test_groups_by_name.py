@@ -199,6 +199,41 @@ def test_a_universal_checkpoint_keeps_it(ranks2: Ranks, ranks1: Ranks, tmp_path:
     assert old[0]["loaded"] == [(1.0, 0.1), (1.0, 0.1), (1.0, 0.0)]
 
 
+class Square(Given):
+    """Two parameters of one shape, which a load could not tell apart but for their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = torch.nn.Parameter(torch.ones(16, 9)), torch.nn.Parameter(torch.ones(16, 9))
+
+
+def reordered(folder: str, order: list[str], save: bool) -> list[list[str]]:
+    """A run at stage 0 that saves after a step, or loads what was saved: the names of its groups."""
+    started = engine.start(
+        Square(), engine.config(0), {"groups": [{"match": word, "lr_scale": 2.0} for word in order]}, client=False,
+        optimizer="AlphaAdam",
+    )  # fmt: skip
+    try:
+        if save:
+            started.backward(started(given_gradients(1, like=Square())[0]))
+            started.step()
+            started.save_checkpoint(folder, tag="saved")
+        else:
+            started.load_checkpoint(folder, tag="saved")
+        return [group["param_names"] for group in started.basic_optimizer.param_groups]
+    finally:
+        started.destroy()
+
+
+def test_entries_in_another_order_are_refused_at_stage_0_too(ranks2: Ranks, tmp_path: Path) -> None:
+    """Where no file says which part of the model it is."""
+    names = [["embedding", "bias", "one"], ["weight"], ["norm"]]
+    assert ranks2.run(reordered, str(tmp_path), ["weight", "norm"], save=True)[0] == names
+    assert ranks2.run(reordered, str(tmp_path), ["weight", "norm"], save=False)[0] == names
+    with pytest.raises(Exception, match="has weight where this optimizer has norm: the same parameters in"):
+        ranks2.run(reordered, str(tmp_path), ["norm", "weight"], save=False)
+
+
 def frozen_alone(stage: int) -> None:
     from deepspeed import initialize
 
