@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import model_ranks, one_model, replicas
+from . import model_ranks, one_model, options, replicas
 from .kernels import consensus
 from .layout import Layout, build_layout, statistics_device
 from .persistence import Persistent
@@ -144,9 +144,13 @@ def note_gradients(optimizer: Persistent, layout: Layout, some: bool) -> None:
 def refuse_scaled_rates(optimizer: Persistent) -> None:
     """Raise ValueError where the groups' rates are to each other as their lr_scale: somebody has multiplied already.
 
-    The schedulers of timm, MAE and BEiT multiply by a key of this name. Rates that are tensors are not read.
+    The schedulers of timm, MAE and BEiT multiply by a key of this name. Rates that are tensors are not read. An
+    lr_scale that somebody has put out of range since the group was made is a ValueError too.
     """
     groups = optimizer.param_groups
+    for i, group in enumerate(groups):
+        rule = "it must be more than 0, and a group whose lr is 0 stands still"
+        options.check_number(f"param_groups[{i}]['lr_scale']", group["lr_scale"], rule, math.ulp(0.0))
     if all(group["lr_scale"] == groups[0]["lr_scale"] for group in groups):
         return
     if any(isinstance(group["lr"], Tensor) for group in groups):

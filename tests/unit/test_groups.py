@@ -279,6 +279,19 @@ def test_a_group_that_is_added_has_its_own() -> None:
     assert len(optimizer.param_groups) == 3
 
 
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, None])
+def test_one_that_somebody_puts_out_of_range_is_named_by_the_step(value: Any) -> None:
+    model = Given()
+    optimizer = AlphaAdam(parameter_groups(model, ENTRIES), lr=LR)
+    before = copy.deepcopy(model)
+    optimizer.param_groups[1]["lr_scale"] = value
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['lr_scale'\]=.*it must be more than 0, .*lr is 0"):
+        train(optimizer, model, 1)
+    assert equal(model, before)
+    optimizer.param_groups[1]["lr_scale"] = 4.0
+    train(optimizer, model, 1)
+
+
 # ---- a scheduler that multiplies by a key of the same name
 
 
