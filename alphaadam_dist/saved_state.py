@@ -7,6 +7,7 @@ given. The errors name the field, its value and what to do.
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -185,7 +186,7 @@ def check_states(
     """
     if "state" not in state_dict:
         raise ValueError("the checkpoint has no 'state' with the moments of the parameters: it is not whole")
-    _check_order(groups, state_dict["param_groups"])
+    check_order(groups, state_dict["param_groups"])
     for name, param, held in _pairs(groups, state_dict["param_groups"], state_dict["state"]):
         if not held or (set(held) == {"step"} and local(param).numel() == 0):
             continue  # never stepped, or this rank holds nothing of it
@@ -200,7 +201,7 @@ def check_states(
             _check_moment(f"{moment} of parameter {name}", held[moment], param, swapped=swapped)
 
 
-def _check_order(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+def check_order(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError where the saved parameters are those of these groups in other places, for torch goes by places.
 
     Names that differ in more than the order say nothing: a model may be wrapped or called otherwise. So do those of a
@@ -210,23 +211,23 @@ def _check_order(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Map
     if by_name or any(fsdp1.marked(param) for group in groups for param in group["params"]):
         return
     here, there = _names(groups), _names(saved_groups)
-    if here == there or sorted(name for _, name in here) != sorted(name for _, name in there):
+    if here == there or sorted(chain.from_iterable(here)) != sorted(chain.from_iterable(there)):
         return
-    if [i for i, _ in here] != [i for i, _ in there]:
-        return  # groups of other sizes, which is said of the first of them
-    (i, ours), (_, theirs) = next(pair for pair in zip(here, there, strict=True) if pair[0] != pair[1])
+    i = next(i for i, (ours, theirs) in enumerate(zip(here, there, strict=True)) if ours != theirs)
+    pairs = zip_longest(here[i], there[i], fillvalue="no other")
+    ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
     raise ValueError(
         f"parameter group {i} of the checkpoint has {theirs} where this optimizer has {ours}: the same parameters in "
-        "another order, so each would go on with the moments of another. Give the optimizer its parameters, or "
-        "parameter_groups its entries, in the order they were saved in"
+        "another order, so each would go on with what is another's. Give the optimizer its parameters, or "
+        "the groups by name their entries, as they were when it was saved"
     )
 
 
-def _names(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, str]]:
-    """The number of its group and the name of every parameter that has one, without what wrappers put into it."""
-    named = [(i, str(name)) for i, group in enumerate(groups) for name in group.get("param_names") or ()]
-    clean = clean_names(name for _, name in named)
-    return [(i, clean[name]) for i, name in named]
+def _names(groups: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """The names in each group, where there are any, without what wrappers put into them."""
+    named = [[str(name) for name in group.get("param_names") or ()] for group in groups]
+    clean = clean_names(chain.from_iterable(named))
+    return [[clean[name] for name in names] for names in named]
 
 
 def _pairs(

@@ -11,6 +11,7 @@ from ..kernels import consensus
 from ..layout import Layout, build_layout, statistics_device
 from ..optimizer import AlphaOptimizer
 from ..persistence import Driver
+from ..saved_state import check_order
 from ..shards import Shard
 from ..step import Step
 from . import internals, monitor, parallel, refusals, universal, versions
@@ -124,6 +125,7 @@ def _watch_loading(
         if files is None or folder:
             for state_dict in saved:
                 optimizer._check_saved(state_dict)
+                check_order(optimizer.param_groups, state_dict["param_groups"])
                 check_missed(state_dict)
         else:
             files.check(saved, alone=kwargs.get("load_serial") is not None)

@@ -207,31 +207,45 @@ class Square(Given):
         self.weight, self.norm = torch.nn.Parameter(torch.ones(16, 9)), torch.nn.Parameter(torch.ones(16, 9))
 
 
-def reordered(folder: str, order: list[str], save: bool) -> list[list[str]]:
-    """A run at stage 0 that saves after a step, or loads what was saved: the names of its groups."""
-    started = engine.start(
-        Square(), engine.config(0), {"groups": [{"match": word, "lr_scale": 2.0} for word in order]}, client=False,
-        optimizer="AlphaAdam",
-    )  # fmt: skip
+SCALED = {"weight": 2.0, "norm": 3.0, "bias|one": 5.0}
+
+
+def reordered(folder: str, stage: int, order: list[str], tag: str | None = None) -> list[tuple[list[str], float]]:
+    """A run that saves after a step, or loads this tag: the names in its groups and their lr_scale.
+
+    ``order`` is that of the entries of SCALED.
+    """
+    ds_config = {**engine.config(stage), "checkpoint": {"load_universal": tag == "universal"}}
+    entries = [{"match": word, "lr_scale": scale} for word, scale in SCALED.items()]
+    options = {"groups": sorted(entries, key=lambda entry: order.index(str(entry["match"])))}
+    started = engine.start(Square(), ds_config, options, client=False, optimizer="AlphaAdam")
     try:
-        if save:
+        if tag is None:
             started.backward(started(given_gradients(1, like=Square())[0]))
             started.step()
             started.save_checkpoint(folder, tag="saved")
         else:
-            started.load_checkpoint(folder, tag="saved")
-        return [group["param_names"] for group in started.basic_optimizer.param_groups]
+            started.load_checkpoint(folder, tag=tag)
+        return [(group["param_names"], group["lr_scale"]) for group in started.basic_optimizer.param_groups]
     finally:
         started.destroy()
 
 
-def test_entries_in_another_order_are_refused_at_stage_0_too(ranks2: Ranks, tmp_path: Path) -> None:
-    """Where no file says which part of the model it is."""
-    names = [["embedding", "bias", "one"], ["weight"], ["norm"]]
-    assert ranks2.run(reordered, str(tmp_path), ["weight", "norm"], save=True)[0] == names
-    assert ranks2.run(reordered, str(tmp_path), ["weight", "norm"], save=False)[0] == names
-    with pytest.raises(Exception, match="has weight where this optimizer has norm: the same parameters in"):
-        ranks2.run(reordered, str(tmp_path), ["norm", "weight"], save=False)
+@pytest.mark.parametrize(("stage", "tag"), [(0, "saved"), (2, "universal"), (3, "universal")])
+def test_entries_in_another_order_are_refused(ranks2: Ranks, tmp_path: Path, stage: int, tag: str) -> None:
+    """Where no file says which part of the model it is. In others the ranks see it by that."""
+    order = list(SCALED)
+    groups = [(["embedding"], 1.0), (["weight"], 2.0), (["norm"], 3.0), (["bias", "one"], 5.0)]
+    assert ranks2.run(reordered, str(tmp_path), stage, order)[0] == groups
+    if tag == "universal":
+        needs_universal_checkpoints(stage)
+        convert(tmp_path)
+    assert ranks2.run(reordered, str(tmp_path), stage, order, tag)[0] == groups
+    for first, second, said in ((0, 1, "weight where this optimizer has norm"), (1, 2, "norm where .* has bias")):
+        other = [*order]
+        other[first], other[second] = order[second], order[first]
+        with pytest.raises(Exception, match=f"has {said}: the same parameters in another order"):
+            ranks2.run(reordered, str(tmp_path), stage, other, tag)
 
 
 def frozen_alone(stage: int) -> None:
