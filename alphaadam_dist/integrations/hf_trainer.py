@@ -180,7 +180,13 @@ def _chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
                 f"{args.weight_decay!r}, in every parameter group: give it as weight_decay= (--weight_decay)"
             )
         if "groups" in options:
-            file, model = Path(str(options.pop("groups"))), others[0] if others else named["model"]
+            file, model = Path(str(options.pop("groups"))), others[0] if others else named.get("model")
+            if model is None:
+                raise ValueError(
+                    f"optim_args has groups={file}, but a create_optimizer that is not the Trainer's asks for the "
+                    "optimizer without its model, and makes parameter groups of its own: leave groups out, or override "
+                    "create_optimizer with one that makes them by alphaadam_dist.parameter_groups(model, [...])"
+                )
             # the Trainer takes these in place of its own two groups, which had the decay
             options["params"] = groups.parameter_groups(model, groups.read_file(file, kind), kind)
             options.setdefault("weight_decay", args.weight_decay)

@@ -95,6 +95,13 @@ def test_what_a_json_or_a_script_would_pass_over_is_refused(optim_args: str | No
             callback.on_train_begin(args, None, None, optimizer=optimizer)
 
 
+def test_groups_need_a_model() -> None:
+    """Tools with a create_optimizer of their own ask the Trainer for the class without one."""
+    chosen = hf_trainer._chosen(lambda *_: None)
+    with pytest.raises(ValueError, match=r"groups=groups\.json, but a create_optimizer .* without its model"):
+        chosen(arguments(optim="alphaadam", optim_args="groups=groups.json"))
+
+
 def test_the_environment_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hf_trainer.asked_for(arguments()) is None
     monkeypatch.setenv("ALPHAADAM_OPTIM", "AlphaLion")
