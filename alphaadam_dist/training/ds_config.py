@@ -8,6 +8,7 @@ from typing import Any
 
 from alphaadam_dist.files import read_object
 from alphaadam_dist.paths import config_path
+from alphaadam_dist.training.settings import OPTIONS
 
 _ADAMWS = ("lr", "betas", "eps", "weight_decay")
 
@@ -20,7 +21,7 @@ def ds_config_path(zero: int, offload: bool) -> Path:
 def load_ds_config(
     zero: int, offload: bool, optimizer: str, groups: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """The file of `ds_configs/` for this stage as a dictionary, for AlphaAdam or AdamW, as `read_ds_config` does."""
+    """The file of `ds_configs/` for this stage as a dictionary, with this optimizer, as `read_ds_config` does."""
     return read_ds_config(ds_config_path(zero, offload), optimizer, groups)
 
 
@@ -46,7 +47,7 @@ def _reads_configs(place: tuple[str, ...]) -> bool:
 
 
 def read_ds_config(path: Path, optimizer: str, groups: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """A config file as a dictionary, its optimizer AlphaAdam or AdamW; one that names no optimizer stays without.
+    """A config file as a dictionary, with an optimizer of `settings.OPTIMIZERS`; one without an optimizer stays so.
 
     With `groups`, entries of parameter_groups, AlphaAdam gets them among its params. AdamW is left out: it would get
     one group there, and the Trainer makes it with these.
@@ -57,7 +58,8 @@ def read_ds_config(path: Path, optimizer: str, groups: Sequence[Mapping[str, Any
         OSError: it cannot be read.
     """
     config = read_object(path, "give a DeepSpeed config, such as ds_configs/zero2.json")
-    if groups is not None and optimizer != "AlphaAdam" and "scheduler" in config:
+    own = OPTIONS.get(optimizer)
+    if groups is not None and own is None and "scheduler" in config:
         raise ValueError(
             f"{path} has a scheduler, which writes one learning rate into all of AdamW's groups: leave it out, and the "
             "Trainer's keeps those of --groups"
@@ -75,7 +77,7 @@ def read_ds_config(path: Path, optimizer: str, groups: Sequence[Mapping[str, Any
             f"{path} has the optimizer {named.get('type')}: name AlphaAdam or AdamW there, or leave the optimizer out"
         )
     params = named.get("params", {})
-    if optimizer != "AlphaAdam":
+    if own is None:
         for name in ("no_decay", "groups"):
             if name in params:
                 raise ValueError(
@@ -85,12 +87,13 @@ def read_ds_config(path: Path, optimizer: str, groups: Sequence[Mapping[str, Any
         if groups is not None:
             return {key: value for key, value in config.items() if key != "optimizer"}
         # torch_adam keeps AdamW the one of torch: DeepSpeed would put its own implementation in its place.
-        params = {name: value for name, value in params.items() if name in _ADAMWS} | {"torch_adam": True}
-    elif groups is not None:
+        adamws = {name: value for name, value in params.items() if name in _ADAMWS}
+        return {**config, "optimizer": {"type": "AdamW", "params": {**adamws, "torch_adam": True}}}
+    if groups is not None:
         if "groups" in params:
             raise ValueError(f"{path} has groups={params['groups']!r} and --groups is given too: give one of them")
         params = {**params, "groups": list(groups)}
-    return {**config, "optimizer": {"type": optimizer, "params": params}}
+    return {**config, "optimizer": {"type": "AlphaAdam", "params": {**params, **own}}}
 
 
 def in_bf16(config: dict[str, Any], *, parameters: bool) -> dict[str, Any]:

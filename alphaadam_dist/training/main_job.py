@@ -1,4 +1,4 @@
-"""The main job: train with AlphaAdam, train with AdamW beside it, draw and report."""
+"""The main job: train with AlphaAdam, with look-ahead and AdamW beside it, draw and report."""
 
 import shlex
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""The picture of a run: loss curves side by side, and what AlphaAdam did at each step."""
+"""The picture of a run: loss curves side by side, and what the paper's rule did at each step."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from alphaadam_dist.files import naming
 from alphaadam_dist.training.metrics import Entry
 
-_COLORS = {"AlphaAdam": "#d1495b", "AdamW": "#30638e"}
+_COLORS = {"AlphaAdam": "#d1495b", "look-ahead": "#edae49", "AdamW": "#30638e"}
 INK = "#2b2d42"
 GREY = "#5c677d"
 STYLE: dict[Any, Any] = {
@@ -39,16 +39,17 @@ STYLE: dict[Any, Any] = {
 
 
 def plot_run(logs: dict[str, list[Entry]], subtitle: str, path: Path, *, loss: str = "loss, nats a token") -> None:
-    """Draw the logs of one or two optimizers (name -> entries) into a PNG; `loss` names the loss and its unit."""
+    """Draw the logs of AlphaAdam and what is beside it (name -> entries) into a PNG.
+
+    `loss` names the loss and its unit.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
         grid = figure.add_gridspec(2, 2, width_ratios=[1.75, 1])
         losses = figure.add_subplot(grid[:, 0])
         alpha = figure.add_subplot(grid[0, 1])
         agreement = figure.add_subplot(grid[1, 1], sharex=alpha)
-        figure.suptitle(
-            f"{' and '.join(logs)}: {subtitle}", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK
-        )
+        figure.suptitle(f"{', '.join(logs)}: {subtitle}", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
         _draw_losses(losses, logs, loss)
         _draw_series(alpha, logs["AlphaAdam"], "alpha", "boost of the agreeing coordinates")
         _draw_series(agreement, logs["AlphaAdam"], "agreement", "gradients with their momentum's sign")
@@ -71,10 +72,10 @@ def _draw_losses(axes: Axes, logs: dict[str, list[Entry]], title: str) -> None:
                 label=f"{name}, held out",
             )  # fmt: skip
             final.append((held_out[-1], name))
-    # Right of the curves; the lower one gets its number lower, the other higher, so that close finishes stay readable.
+    # Right of the curves; the lowest gets its number lower, the highest higher, so that close finishes stay readable.
     for rank, ((step, loss), name) in enumerate(sorted(final)):
         axes.annotate(
-            f"{loss:.3f}", (step, loss), xytext=(8, -5 if rank == 0 else 5), textcoords="offset points",
+            f"{loss:.3f}", (step, loss), xytext=(8, 10 * rank - 5 * (len(final) - 1)), textcoords="offset points",
             va="center", color=_COLORS[name], fontweight="bold",
         )  # fmt: skip
     axes.set(title=title, xlabel="step")

@@ -52,8 +52,8 @@ def open_run(out: Path | None, resume: bool, settings: Settings) -> Iterator[Pat
 def open_optimizer_folder(run: Path, optimizer: str, resume: bool, settings: SavedSettings) -> Iterator[Path]:
     """Yield RUN/OPTIMIZER to train in, locked while the context lasts.
 
-    The other optimizer's folder may be there already. The second optimizer is refused where its settings are not those
-    of the first. A start that fails leaves nothing, and raises ValueError, as in `open_run`.
+    Other optimizers' folders may be there already. A later optimizer is refused where its settings are not those of the
+    first. A start that fails leaves nothing, and raises ValueError, as in `open_run`.
     """
     folder = run / optimizer
     with _naming_out(run):

@@ -17,7 +17,10 @@ from typing_extensions import Self
 from alphaadam_dist.files import read_object, write_whole
 from alphaadam_dist.training.text import digest_of_data, digest_of_place
 
-OPTIMIZERS = {"alphaadam": "AlphaAdam", "adamw": "AdamW"}
+# What is compared: its folder, or --optimizer, and its name.
+OPTIMIZERS = {"alphaadam": "AlphaAdam", "lookahead": "look-ahead", "adamw": "AdamW"}
+# AlphaAdam's options in those that it makes: the paper's rule, and what trains best in docs/results.md.
+OPTIONS: dict[str, dict[str, float]] = {"AlphaAdam": {}, "look-ahead": {"gamma": 1.0, "lookahead": 0.25}}
 FILE_NAME = "settings.json"
 MANY, LARGE = 10**9, 10**7
 """Limits: MANY for a number of steps, LARGE for the size of a batch, a model or a cluster."""

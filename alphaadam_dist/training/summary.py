@@ -37,7 +37,7 @@ def print_losses(console: Console, logs: dict[str, list[Entry]]) -> None:
             row.insert(1, f"{before[name]:.4f}")
         table.add_row(*row)
     console.print(table)
-    if len(held_out) == 2:
+    if len(held_out) > 1:
         console.print(_verdict(held_out), highlight=False, soft_wrap=True)
 
 
@@ -74,10 +74,9 @@ def final_held_out(entries: list[Entry]) -> float:
 
 
 def _verdict(held_out: dict[str, float]) -> str:
-    (first, a), (second, b) = sorted(held_out.items(), key=lambda item: item[1])
-    if a == b:
-        return f"{first} and {second} end with the same held-out loss."
-    return f"{first} ends {b - a:.4f} below {second} on held-out text. This is one seed: see benchmarks/ for more."
+    (first, lowest), *others = sorted(held_out.items(), key=lambda item: item[1])
+    below = " and ".join(f"{loss - lowest:.4f} below {name}" for name, loss in others)
+    return f"{first} ends {below} on held-out text. This is one seed: see benchmarks/ for more."
 
 
 def print_samples(console: Console, checkpoint: Path) -> None:

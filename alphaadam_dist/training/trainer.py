@@ -27,6 +27,7 @@ from alphaadam_dist.training import checkpoints, metrics
 from alphaadam_dist.training.callbacks import AlphaMetrics, CheckpointMarker, JsonlLog, ShowProgress
 from alphaadam_dist.training.progress import TrainingProgress
 from alphaadam_dist.training.reasons import with_missing_ranks
+from alphaadam_dist.training.settings import OPTIONS
 
 FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
 """For TrainingArguments. Full state dicts: a checkpoint's model then loads with from_pretrained."""
@@ -95,10 +96,11 @@ def _client_optimizer(
     name: str, arguments: TrainingArguments, state_dtype: str | None
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer's class and options for the Trainer, which adds the weight decay of its two parameter groups."""
-    kind = AlphaAdam if name == "AlphaAdam" else torch.optim.AdamW
     betas = (arguments.adam_beta1, arguments.adam_beta2)
-    own = {} if state_dtype is None else {"state_dtype": state_dtype}
-    return kind, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon, **own}
+    options = {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
+    if name not in OPTIONS:
+        return torch.optim.AdamW, options
+    return AlphaAdam, {**options, **OPTIONS[name], **({} if state_dtype is None else {"state_dtype": state_dtype})}
 
 
 class WholeBatches(Trainer):
@@ -157,9 +159,9 @@ def fit(
     Returns whether it reached that step; a callback may have stopped it earlier.
 
     Writes `metrics.jsonl`, `tensorboard/` and the checkpoints into that folder. If a DeepSpeed config names an
-    optimizer, DeepSpeed makes it; otherwise the Trainer makes `optimizer`, AlphaAdam with moments in `state_dtype` or
-    AdamW, with `groups` of parameter_groups. With a `console` the first rank shows the progress there; without one
-    every log entry is printed.
+    optimizer, DeepSpeed makes it; otherwise the Trainer makes `optimizer`, a name of `settings.OPTIMIZERS`, with
+    `groups` of parameter_groups; `state_dtype` is of AlphaAdam's moments. With a `console` the first rank shows the
+    progress there; without one every log entry is printed.
 
     Raises:
         ValueError: the folder has checkpoints that this run did not write.

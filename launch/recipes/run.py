@@ -1,7 +1,7 @@
 """A run of a recipe with one optimizer: its options, its command line, and the training from start to report.
 
 Any launcher starts a recipe, once on every rank, like a script of Hugging Face's. It trains with one optimizer and
-writes to OUT/OPTIMIZER. Started again with the other optimizer and the same OUT, it shows the results of both.
+writes to OUT/OPTIMIZER. Started again with another optimizer and the same OUT, it shows the results of both.
 """
 
 import inspect
@@ -63,8 +63,8 @@ class Recipe(SavedSettings):
     """The options of every recipe. Each recipe adds its own, and its own defaults."""
 
     optimizer: Annotated[
-        Literal["alphaadam", "adamw"],
-        option("Run the recipe once with each and the same --out: the second run prints both.", WHAT),
+        Literal["alphaadam", "lookahead", "adamw"],
+        option("Run the recipe once with each and the same --out: the later ones show all.", WHAT),
     ] = "alphaadam"
     lr: Lr
     weight_decay: WeightDecay
@@ -129,7 +129,7 @@ class Recipe(SavedSettings):
             raise ValueError(f"--deepspeed is {self.deepspeed}: there is no such file; ds_configs/ has some")
 
     def saved(self) -> dict[str, Any]:
-        """What must be equal for two optimizers to be compared, the number of ranks included."""
+        """What must be equal for optimizers to be compared, the number of ranks included."""
         kept = {name: value for name, value in asdict(self).items() if name not in _NOT_COMPARED}
         kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
         return kept | {"ranks": int(os.environ.get("WORLD_SIZE", "1"))}
@@ -156,8 +156,8 @@ class Training:
 
     @property
     def state_dtype(self) -> str | None:
-        """Of the moments of AlphaAdam; AdamW has no such option and trains as ever."""
-        return self.recipe.state_dtype if self.recipe.optimizer == "alphaadam" else None
+        """Of AlphaAdam's moments, with look-ahead too; AdamW has no such option and trains as ever."""
+        return self.recipe.state_dtype if self.recipe.optimizer != "adamw" else None
 
     @property
     def bf16_parameters(self) -> bool:
@@ -263,7 +263,7 @@ class Training:
             (self.folder / _FINISHED).touch()
 
     def report(self, scores: Sequence[str] = ()) -> None:
-        """Show the results, beside those of the other optimizer where it has been trained too.
+        """Show the results, beside those of the other optimizers that have been trained too.
 
         Args:
             scores: the evaluation's metrics to show in a table; without them the table shows the losses.
@@ -284,9 +284,10 @@ class Training:
             print_scores(self.console, logs, scores)
         else:
             print_losses(self.console, logs)
-        if len(logs) == 1:
-            other = next(key for key in OPTIMIZERS if key != self.recipe.optimizer)
-            self.say(f"The same command with --optimizer {other} puts {OPTIMIZERS[other]} beside it.")
+        others = [key for key, name in OPTIMIZERS.items() if name not in logs]
+        if others:
+            named = " or ".join(OPTIMIZERS[key] for key in others)
+            self.say(f"The same command with --optimizer {' or '.join(others)} puts {named} beside it.")
         self.console.rule("files")
         if "AlphaAdam" in logs:
             picture = out / PICTURE_NAME
@@ -296,7 +297,7 @@ class Training:
         self.say(f"model        {self.folder}/checkpoint-{logs[self.optimizer][-1]['step']}")
 
     def logs(self) -> dict[str, list[metrics.Entry]]:
-        """The logs in the folder, of one optimizer or both."""
+        """The logs in the folder, of each optimizer that has been trained."""
         found = {name: metrics.read(self.recipe.out / key / metrics.FILE_NAME) for key, name in OPTIMIZERS.items()}
         return {name: entries for name, entries in found.items() if any("loss" in entry for entry in entries)}
 

@@ -149,6 +149,14 @@ def test_adamw_differs_in_nothing_but_the_optimizer():
     assert ours == baseline
 
 
+def test_look_ahead_is_alphaadam_without_masks(tmp_path: Path):
+    """Also where the file asks for masks."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"optimizer": {"type": "AlphaAdam", "params": {"lr": 1e-4, "gamma": 0.1}}}))
+    named = read_ds_config(path, "look-ahead")["optimizer"]
+    assert named == {"type": "AlphaAdam", "params": {"lr": 1e-4, "gamma": 1.0, "lookahead": 0.25}}
+
+
 def test_groups_go_to_alphaadam_and_the_trainer_makes_adamw_with_them(tmp_path: Path):
     groups = [{"match": "norm", "weight_decay": 0.0}]
     ours, baseline = (load_ds_config(2, False, name, groups) for name in ("AlphaAdam", "AdamW"))

@@ -65,7 +65,7 @@ def test_a_killed_job_resumes_as_if_nothing_had_happened(text: Path, cache: Path
 
     whole = subprocess.run(_command(text, calm), capture_output=True, text=True, timeout=900)
     assert whole.returncode == 0, whole.stderr
-    for phrase in ("AlphaAdam", "AdamW", "held-out loss", "on held-out text", "losses.png"):
+    for phrase in ("AlphaAdam", "look-ahead", "AdamW", "held-out loss", "on held-out text", "losses.png"):
         assert phrase in whole.stdout
 
     curve = _curve(out / "alphaadam")
@@ -73,11 +73,12 @@ def test_a_killed_job_resumes_as_if_nothing_had_happened(text: Path, cache: Path
     assert curve == _curve(calm / "alphaadam")
     assert all("alpha" in entry and "agreement" in entry for entry in _training(calm / "alphaadam"))
     assert not any("alpha" in entry for entry in _training(calm / "adamw"))
-    # The first step of both is AdamW's, so the first two losses are equal; then they part.
-    ours, baseline = (_curve(calm / name) for name in ("alphaadam", "adamw"))
-    assert ours[:2] == baseline[:2]
-    assert ours[-1] != baseline[-1]
-    for folder in (out / "alphaadam", calm / "alphaadam", calm / "adamw"):
+    assert not any("agreement" in entry for entry in _training(calm / "lookahead")), "it has no masks"
+    # The first step of all is AdamW's, so the first two losses are equal; then they part.
+    ours, ahead, baseline = (_curve(calm / name) for name in ("alphaadam", "lookahead", "adamw"))
+    assert ours[:2] == ahead[:2] == baseline[:2]
+    assert len({ours[-1], ahead[-1], baseline[-1]}) == 3
+    for folder in (out / "alphaadam", calm / "alphaadam", calm / "lookahead", calm / "adamw"):
         assert checkpoints.last_complete(folder) == folder / f"checkpoint-{STEPS}"
         assert any((folder / "tensorboard").iterdir())
     assert (calm / "losses.png").stat().st_size > 20_000

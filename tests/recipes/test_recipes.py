@@ -100,7 +100,8 @@ def test_llama_from_the_launcher_to_the_comparison(ranks2: Ranks, garden: list[s
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-5000:]
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{variables['MASTER_PORT']}_*")), "66 MiB a rank would stay"
-    for phrase in ("AlphaAdam", "before", "held-out loss", "--optimizer adamw puts AdamW beside it", "losses.png"):
+    more = "--optimizer lookahead or adamw puts look-ahead or AdamW beside it"
+    for phrase in ("AlphaAdam", "before", "held-out loss", more, "losses.png"):
         assert phrase in launched.stdout
     ours = tmp_path / "run" / "alphaadam"
     losses = _logged(ours, "eval_loss")
@@ -306,7 +307,7 @@ def _refused(recipe: str, *arguments: str) -> str:
     ("recipe", "arguments", "parts"),
     [
         ("finetune_llama", ["--optimiser", "adamw"], ["--optimiser", "--optimizer"]),
-        ("finetune_llama", ["--optimizer", "adam"], ["adam", "alphaadam", "adamw"]),
+        ("finetune_llama", ["--optimizer", "adam"], ["adam", "alphaadam", "lookahead", "adamw"]),
         ("finetune_llama", ["--fsdp", "--deepspeed", "ds_configs/zero2.json"], ["--fsdp", "give one"]),
         ("finetune_llama", ["--deepspeed", "nowhere.json"], ["--deepspeed is nowhere.json", "ds_configs/"]),
         ("finetune_llama", ["--model", "./nowhere"], ["--model is ./nowhere", "no such file"]),
