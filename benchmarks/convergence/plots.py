@@ -95,6 +95,7 @@ def _lasting(study: Study) -> Figure | None:
     lines = [(kind, name, cases) for kind, name, cases in lines if name != ADAMW and len(cases) > 1]
     if not lines:
         return None
+    kinds = [kind for kind in kinds if any(of_line is kind for of_line, _, _ in lines)]
     title = "Does the gain last? Held-out loss minus AdamW's, nats"
     figure, panels = _panels([kind[0] for kind in kinds], 4.0, title)
     for axes, kind in zip(panels, kinds, strict=True):

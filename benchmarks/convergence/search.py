@@ -14,7 +14,7 @@ from .trial import Setting
 
 # The values of an axis that has ends. A rate and an embedding's multiple go on as far as they get better.
 LADDERS = {
-    "beta1": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
+    "beta1": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
     "lookahead": (0.0, 1 / 9, 0.25, 0.5, 1.0, 2.0, 4.0),
     "gamma": (0.0, 0.25, 0.5, 0.75, 1.0),
 }
