@@ -64,9 +64,9 @@ def parameter_groups(
         ValueError: an entry of another form, a value out of range, a broken pattern, one that is in no name, or one
             whose parameters earlier entries took.
     """
-    named = list(named_parameters(model).items())
-    pairs = [(names[0], param) for param, names in named]
-    return split([{"params": pairs}], read(groups, optimizer, "groups"), model)
+    names = named_parameters(model)
+    pairs = [(of_one[0], param) for param, of_one in names.items()]
+    return split([{"params": pairs}], read(groups, optimizer, "groups"), names)
 
 
 def read_file(path: Path, optimizer: type[AlphaOptimizer] = AlphaAdam) -> list[dict[str, Any]]:
@@ -130,12 +130,15 @@ def no_decay(words: Any, where: str) -> Entry:
     return Entry(patterns, {"weight_decay": 0.0})
 
 
-def split(given: Iterable[Mapping[str, Any]], entries: Sequence[Entry], model: nn.Module) -> list[dict[str, Any]]:
-    """Each of these parameter groups of a model, cut by entries: what none takes first, then theirs; none is empty.
+def split(
+    given: Iterable[Mapping[str, Any]], entries: Sequence[Entry], names: Mapping[Tensor, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Each of these parameter groups, cut by entries: what none takes first, then theirs; none is empty.
 
-    Raises ValueError where an entry would change nothing because of how it is written.
+    ``names`` are those of the whole model, as ``named_parameters`` has them. Raises ValueError where an entry would
+    change nothing because of how it is written.
     """
-    taken = _taken(entries, named_parameters(model))
+    taken = _taken(entries, names)
     result = []
     for group in given:
         parts: list[list[Any]] = [[] for _ in range(1 + len(entries))]

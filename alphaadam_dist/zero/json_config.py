@@ -5,10 +5,10 @@ list as parameter_groups takes it, cuts that by the parameters' names; ``"no_dec
 entry without decay.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch.nn import Module
+from torch import Tensor
 
 from .. import groups
 from ..optimizer import AlphaOptimizer
@@ -34,17 +34,17 @@ def build(kind: type[AlphaOptimizer], engine: Any, model_parameters: Iterable[An
         chosen = [groups.no_decay(words, "optimizer.params.no_decay")]
     else:
         chosen = groups.read(entries, kind, "optimizer.params.groups")
-    return kind(groups.split(_groups(model_parameters, engine.module), chosen, engine.module), **params)
+    names = groups.named_parameters(engine.module)
+    return kind(groups.split(_groups(model_parameters, names), chosen, names), **params)
 
 
-def _groups(model_parameters: Iterable[Any], model: Module) -> list[dict[str, Any]]:
+def _groups(model_parameters: Iterable[Any], names: Mapping[Tensor, Sequence[str]]) -> list[dict[str, Any]]:
     """DeepSpeed's parameters or groups as groups, with names where all are the model's: by these a load can tell that
     entries have changed places.
     """
     given = list(model_parameters)
     made = given if given and isinstance(given[0], dict) else [{"params": given}]
     made = [{**group, "params": list(group["params"])} for group in made]
-    names = groups.named_parameters(model)
     if any(isinstance(item, tuple) or item not in names for group in made for item in group["params"]):
         return made
     return [{**group, "params": [(names[param][0], param) for param in group["params"]]} for group in made]
