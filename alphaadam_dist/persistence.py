@@ -190,7 +190,6 @@ class Persistent(Optimizer):
             group.update((name, options.plain(name, group[name])) for name in self.group_keys())
         return state_dict
 
-    @torch.inference_mode(False)  # a trainer may look during validation, and a step could not write to what that makes
     def _adopt(self) -> Statistics:
         """The statistics, after taking over what somebody put into the defaults and the parameter groups."""
         changed = {name: self.defaults[name] for name in options.IN_GROUPS}

@@ -44,6 +44,8 @@ class Statistics:
     add* in any order and close at the end. A step that is opened and never reduced or closed leaves no trace.
     """
 
+    # A trainer may look during validation, in inference mode; what is made there no step could write to.
+    @torch.inference_mode(False)
     def __init__(self, options: FamilyOptions) -> None:
         self.options = options
         self.layout: Layout | None = None
@@ -214,6 +216,7 @@ class Statistics:
         squared = -1.0 if self._squared_update is None else float(self._squared_update)
         return None if squared < 0 else math.sqrt(squared)
 
+    @torch.inference_mode(False)
     def load(self, values: list[float]) -> None:
         """Take over [T, alpha, A, C] in place of this run's own; alphas by layer start at 1 again, norms unknown."""
         self.settle()
