@@ -75,8 +75,8 @@ def final_held_out(entries: list[Entry]) -> float:
 
 def _verdict(held_out: dict[str, float]) -> str:
     (first, lowest), *others = sorted(held_out.items(), key=lambda item: item[1])
-    below = " and ".join(f"{loss - lowest:.4f} below {name}" for name, loss in others)
-    return f"{first} ends {below} on held-out text. This is one seed: see benchmarks/ for more."
+    apart = [f"{loss - lowest:.4f} below {name}" if loss > lowest else f"level with {name}" for name, loss in others]
+    return f"{first} ends {' and '.join(apart)} on held-out text. This is one seed: see benchmarks/ for more."
 
 
 def print_samples(console: Console, checkpoint: Path) -> None:
