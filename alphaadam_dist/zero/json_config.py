@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import groups
 from ..optimizer import AlphaOptimizer
+from . import parallel
 
 
 def build(kind: type[AlphaOptimizer], engine: Any, model_parameters: Iterable[Any]) -> AlphaOptimizer:
@@ -35,7 +36,8 @@ def build(kind: type[AlphaOptimizer], engine: Any, model_parameters: Iterable[An
     else:
         chosen = groups.read(entries, kind, "optimizer.params.groups")
     names = groups.named_parameters(engine.module)
-    return kind(groups.split(_groups(model_parameters, names), chosen, names), **params)
+    held = _groups(model_parameters, names)
+    return kind(groups.split(held, chosen, parallel.with_other_stages(engine, names)), **params)
 
 
 def _groups(model_parameters: Iterable[Any], names: Mapping[Tensor, Sequence[str]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -34,6 +35,28 @@ def named_parameters(engine: Any) -> list[tuple[str, Tensor]]:
     named = list(engine.module.named_parameters())
     clean = clean_names(name for name, _ in named)
     return [(clean[name], param) for name, param in named]
+
+
+def with_other_stages(engine: Any, names: dict[Tensor, list[str]]) -> dict[Tensor, list[str]]:
+    """The names of a rank's parameters and, under empty tensors, of those that other pipeline stages hold. Collective
+    under a PipelineModule.
+    """
+    held = {tuple(of_one) for of_one in names.values()}
+    elsewhere = set().union(*_of_all_stages(engine, held)) - held
+    return {**names, **{torch.empty(0): list(of_one) for of_one in sorted(elsewhere)}}
+
+
+def stages_differ(engine: Any, value: Any) -> bool:
+    """Some pipeline stage has another value than this one. Collective under a PipelineModule."""
+    return any(other != value for other in _of_all_stages(engine, value))
+
+
+def _of_all_stages(engine: Any, value: Any) -> list[Any]:
+    if not isinstance(engine.module, PipelineModule):
+        return [value]
+    result: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(result, value)
+    return result
 
 
 def keys(engine: Any) -> dict[Tensor, str]:

@@ -56,6 +56,13 @@ def _of_the_optimizer(optimizer: AlphaOptimizer) -> Iterator[Refusal]:
 
 def _of_the_groups(engine: Any, optimizer: AlphaOptimizer) -> Iterator[Refusal]:
     stage = engine.zero_optimization_stage()
+    yield (
+        stage == 1 and parallel.stages_differ(engine, len(optimizer.param_groups)),
+        f"other numbers of parameter groups on other pipeline stages (here {len(optimizer.param_groups)}) at stage 1",
+        "DeepSpeed adds up norms group by group over all of them, and some would wait for ever: set "
+        "zero_optimization.stage to 0, or write `groups` so that each pipeline stage has parameters of every entry, "
+        "and some that no entry names",
+    )
     for i, group in enumerate(optimizer.param_groups):
         yield (
             stage in (1, 2) and not any(param.requires_grad for param in group["params"]),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alphaadam_dist import AlphaAdam
+from alphaadam_dist.groups import read, split
 from tests.cells import Cell, impossible, served
 from tests.equality.llamas import deviation
 from tests.marks import nightly_but
@@ -75,11 +76,15 @@ def pipelined() -> PipelineModule:
 
 
 def start(stage: int, dtype: str, options: dict[str, Any], accumulate: str | None = None) -> Any:
+    """An engine; options that have "groups" are those of its JSON."""
     deepspeed.init_distributed("gloo")
     config = engine.config(stage, dtype, accumulate=MICRO)
     if accumulate:
         config["data_types"] = {"grad_accum_dtype": accumulate}
     model = pipelined()
+    if "groups" in options:
+        config["optimizer"] = {"type": "AlphaAdam", "params": {"lr": engine.LR, "weight_decay": 0.1, **options}}
+        return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     optimizer = AlphaAdam(model.parameters(), lr=engine.LR, weight_decay=0.1, **options)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
@@ -107,11 +112,13 @@ def given(stage: int, dtype: str, options: dict[str, Any], accumulate: str | Non
 
 
 @cache
-def alone(**options: Any) -> dict[str, Any]:
+def alone(groups: str | None = None, **options: Any) -> dict[str, Any]:
     """One process that has every layer once."""
     layers = {"tied_modules.ends": "ends", **{str(i): str(i) for i in range(1, LAYERS - 1)}}
     named = {f"{at}.{name}": param for at, key in layers.items() for name, param in Layer(key).named_parameters()}
-    optimizer = AlphaAdam(named.items(), lr=engine.LR, weight_decay=0.1, **options)
+    entries = read(globals()[groups], AlphaAdam, "groups") if groups else []
+    made = split([{"params": list(named.items())}], entries, {param: [name] for name, param in named.items()})
+    optimizer = AlphaAdam(made, lr=engine.LR, weight_decay=0.1, **options)
     seen = []
     for step in range(STEPS):
         for key, param in named.items():
@@ -154,20 +161,49 @@ def test_two_stages_of_two_ranks_are_one_process(ranks4: Ranks, stage: int, dtyp
     assert_one_process(ranks4.run(given, stage, dtype, {}, accumulate), dtype)
 
 
-def resumed(stage: int, folder: str) -> dict[str, Any]:
+def resumed(stage: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """As ``given``, but another engine goes on from a checkpoint after half the steps."""
-    first = start(stage, "fp32", {})
+    first = start(stage, "fp32", options)
     seen = steps(first, 0, SAVED_AFTER)
     first.save_checkpoint(folder, tag="t")
     first.destroy()
-    second = start(stage, "fp32", {})
+    second = start(stage, "fp32", options)
     second.load_checkpoint(folder, tag="t")
     return finished(second, seen + steps(second, SAVED_AFTER, STEPS))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_checkpoint_goes_on(ranks4: Ranks, tmp_path: Path, stage: int) -> None:
-    assert_one_process(ranks4.run(resumed, stage, str(tmp_path)), "fp32")
+    assert_one_process(ranks4.run(resumed, stage, str(tmp_path), {}), "fp32")
+
+
+ON_ALL: list[dict[str, Any]] = [
+    {"match": r"(1|3)\.weight", "lr_scale": 4.0},
+    {"match": "tied_modules.*weight", "lr_scale": 2.0},
+]
+ON_SOME: list[dict[str, Any]] = [
+    {"match": r"1\.weight", "lr_scale": 4.0},
+    {"match": "tied_modules", "lr_scale": 2.0},
+    {"match": r"3\.|bias", "weight_decay": 0.0},
+]
+"""Only the first stage has a parameter of the first entry, and some that no entry names."""
+
+
+@pytest.mark.parametrize(("stage", "which"), [(0, "ON_SOME"), (1, "ON_ALL")])
+def test_groups_of_a_json_are_by_the_names_of_all_stages(ranks2: Ranks, tmp_path: Path, stage: int, which: str) -> None:
+    groups = globals()[which]
+    assert_one_process(ranks2.run(resumed, stage, str(tmp_path), {"groups": groups}), "fp32", groups=which)
+
+
+def test_where_deepspeed_would_wait_for_ever(ranks2: Ranks) -> None:
+    with pytest.raises(RankError, match=r"(?s)other pipeline stages \(here 4\).*other pipeline stages \(here 2\)"):
+        ranks2.run(given, 1, "fp32", {"groups": ON_SOME})
+
+
+def test_a_pattern_that_no_stage_has_is_an_error_on_all(ranks2: Ranks) -> None:
+    options = {"groups": [{"match": "4.weight", "lr_scale": 2.0}]}
+    with pytest.raises(RankError, match=r"(?s)rank 0.*in no parameter's name.* 3\.weight.*rank 1.* 1\.weight"):
+        ranks2.run(given, 0, "fp32", options)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
