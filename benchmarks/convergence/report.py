@@ -157,23 +157,25 @@ def lasting(study: Study, by_task: Mapping[str, Sequence[Case]], what: str) -> l
     rows = []
     for task, name in dict.fromkeys((task, name) for task, name, _ in gains):
         cells = [(task, name, case) for case in by_task[task]]
-        worth, saved = "", ""
+        worth = ""
         if all(cell in gains for cell in cells):
-            worth = analysis.trend(gains[cells[0]], gains[cells[-1]])
-            saved = _saved(study, gains[cells[-1]], by_task[task])
+            worth = analysis.trend(gains[cells[0]], gains[cells[-1]]) + _saved(study, gains[cells[-1]], by_task[task])
         shown = [show(gains[cell], clear[cell]) if cell in gains else "" for cell in cells]
-        rows.append([study.tasks[task].title, name, *shown, saved, worth])
+        rows.append([study.tasks[task].title, name, *shown, worth])
     multiples = [case.size if case.size > 1 else case.length for case in next(iter(by_task.values()))]
-    head = ["task", "", *(f"{multiple}x {what}" for multiple in multiples), "steps saved at the last", "the gain"]
+    head = ["task", "", *(f"{multiple}x {what}" for multiple in multiples), "the gain, and what it is worth"]
     return table(head, rows)
 
 
 def _saved(study: Study, gain: Difference, cases: Sequence[Case]) -> str:
-    """By the fall of AdamW's loss from the last length but one to the last; between sizes there is no such thing."""
+    """What a clear gain is worth in steps, by the fall of AdamW's loss from the last length but one to the last.
+
+    Between sizes there is no such thing.
+    """
     before, last = cases[-2:]
     ends = [loss(study, case, ADAMW) for case in (before, last)]
     share = analysis.saved(gain, ends[0], ends[1], factor=last.length / before.length)
-    return "" if last.size > 1 or math.isnan(share) else f"{share:.0%}"
+    return f", {share:.0%} of the steps" if last.size == 1 and gain.clear and not math.isnan(share) else ""
 
 
 def label(study: Study, case: Case) -> str:

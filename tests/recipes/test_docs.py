@@ -1,4 +1,4 @@
-"""Every test and file that the documents name exists."""
+"""Every test and file that the documents name exists, and what they say was measured stands in the results."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ FILE = re.compile(
     r"(?<![\w/])((?:ds_configs|accelerate_configs|launch|docs|benchmarks)/[\w./-]+\.(?:json|yaml|sh|sbatch|py|md))"
 )
 LINK = re.compile(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)")
+INTERVAL = re.compile(r"(\d+\.\d+) ± (\d+\.\d+)")
 
 
 def anchors(document: Path) -> set[str]:
@@ -50,6 +51,12 @@ def test_named_files_and_links_lead_somewhere(document: Path):
         target = (document.parent / path).resolve() if path else document
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_differences_with_an_interval_are_in_a_table_of_the_results(document: Path):
+    measured = {found for path in ROOT.glob("benchmarks/results/*.md") for found in INTERVAL.findall(path.read_text())}
+    assert set(INTERVAL.findall(" ".join(document.read_text().split()))) <= measured
 
 
 REPOSITORY = re.findall(r'^Homepage = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[0]
