@@ -5,7 +5,7 @@ expert-parallel rank), or parts of one (AutoTP). A layer that a PipelineModule t
 which divides its parameters by itself; DeepSpeed marks all copies but the first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,13 +37,13 @@ def named_parameters(engine: Any) -> list[tuple[str, Tensor]]:
     return [(clean[name], param) for name, param in named]
 
 
-def with_other_stages(engine: Any, names: dict[Tensor, list[str]]) -> dict[Tensor, list[str]]:
+def with_other_stages(engine: Any, names: Mapping[Tensor, Sequence[str]]) -> dict[Tensor, Sequence[str]]:
     """The names of a rank's parameters and, under empty tensors, of those that other pipeline stages hold. Collective
     under a PipelineModule.
     """
     held = {tuple(of_one) for of_one in names.values()}
     elsewhere = set().union(*_of_all_stages(engine, held)) - held
-    return {**names, **{torch.empty(0): list(of_one) for of_one in sorted(elsewhere)}}
+    return {**names, **{torch.empty(0): of_one for of_one in sorted(elsewhere)}}
 
 
 def stages_differ(engine: Any, value: Any) -> bool:
@@ -52,11 +52,14 @@ def stages_differ(engine: Any, value: Any) -> bool:
 
 
 def _of_all_stages(engine: Any, value: Any) -> list[Any]:
-    if not isinstance(engine.module, PipelineModule):
-        return [value]
-    result: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(result, value)
-    return result
+    return _of_all(value, dist.group.WORLD) if isinstance(engine.module, PipelineModule) else [value]
+
+
+def _of_all(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """What each rank of a group gave. Collective."""
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, mine, group=group)
+    return told
 
 
 def keys(engine: Any) -> dict[Tensor, str]:
@@ -91,9 +94,7 @@ def _whole_numels(engine: Any, param_of: dict[str, Any]) -> dict[str, int]:
     """Elements of each parameter that AutoTP has split, on all tensor-parallel ranks together. Collective."""
     split = {key: param for key, param in param_of.items() if is_model_parallel_parameter(param)}
     mine = {key: getattr(param, "ds_numel", param.numel()) for key, param in split.items()}
-    group = groups.get_tensor_model_parallel_group()
-    told: list[dict[str, int]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(told, mine, group=group)
+    told = _of_all(mine, groups.get_tensor_model_parallel_group())
     return {key: sum(of_rank.get(key, 0) for of_rank in told) for key in mine}
 
 

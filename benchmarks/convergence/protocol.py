@@ -8,9 +8,9 @@
 The counterexamples have no tuning: every optimizer at every rate, three seeds, and all of it is shown.
 
 **What it takes**, measured on 2026-11-27 on two cores. An optimizer in a case is 20 to 90 runs, by its axes; 15 where
-its rate alone is tuned. SHORT is 2400 runs in 21 minutes by two processes, LONG 5900 runs in four and a half hours. A
-run of 128 steps takes 1.5 s, of 2048 steps 22 s, and the longest, 1.6M parameters for 2048 steps, two minutes: that
-case, whose rate is tuned on one seed, is a third of LONG.
+its rate alone is tuned. SHORT is 2400 runs, whose seconds by two processes are 21 minutes, LONG 6400 and 4.7 hours. A
+run of 128 steps takes 1.5 s, of 2048 steps 22 s, and the longest, 1.6M parameters for 2048 steps, two minutes: that case,
+whose rate is tuned on one seed, is a third of LONG.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Missing(LookupError):
 class Case:
     """A task at a size and a length, both multiples, and how it is trained.
 
-    ``fixed`` are axes that are not tuned, ``tuned_on`` is how many of the seeds for tuning are used. A control, whose
-    clipping is left out or whose embedding has the rate of the others, goes out from the best setting of the case
-    itself.
+    ``fixed`` are axes that are not tuned, ``tuned_on`` is how many of the seeds for tuning are used, None for all. A
+    control, whose clipping is left out or whose embedding has the rate of the others, goes out from the best setting
+    of the case itself.
     """
 
     task: str
@@ -68,7 +68,7 @@ class Case:
     length: int = 1
     clip: bool = True
     fixed: tuple[str, ...] = ()
-    tuned_on: int = 2
+    tuned_on: int | None = None
 
     @property
     def before(self) -> Case | None:

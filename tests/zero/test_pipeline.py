@@ -116,7 +116,7 @@ def alone(groups: str | None = None, **options: Any) -> dict[str, Any]:
     """One process that has every layer once."""
     layers = {"tied_modules.ends": "ends", **{str(i): str(i) for i in range(1, LAYERS - 1)}}
     named = {f"{at}.{name}": param for at, key in layers.items() for name, param in Layer(key).named_parameters()}
-    entries = read(globals()[groups], AlphaAdam, "groups") if groups else []
+    entries = read(GROUPS[groups], AlphaAdam, "groups") if groups else []
     made = split([{"params": list(named.items())}], entries, {param: [name] for name, param in named.items()})
     optimizer = AlphaAdam(made, lr=engine.LR, weight_decay=0.1, **options)
     seen = []
@@ -177,27 +177,31 @@ def test_a_checkpoint_goes_on(ranks4: Ranks, tmp_path: Path, stage: int) -> None
     assert_one_process(ranks4.run(resumed, stage, str(tmp_path), {}), "fp32")
 
 
-ON_ALL: list[dict[str, Any]] = [
-    {"match": r"(1|3)\.weight", "lr_scale": 4.0},
-    {"match": "tied_modules.*weight", "lr_scale": 2.0},
-]
-ON_SOME: list[dict[str, Any]] = [
-    {"match": r"1\.weight", "lr_scale": 4.0},
-    {"match": "tied_modules", "lr_scale": 2.0},
-    {"match": r"3\.|bias", "weight_decay": 0.0},
-]
-"""Only the first stage has a parameter of the first entry, and some that no entry names."""
+GROUPS: dict[str, list[dict[str, Any]]] = {
+    "on all stages": [
+        {"match": r"(1|3)\.weight", "lr_scale": 4.0},
+        {"match": "tied_modules.*weight", "lr_scale": 2.0},
+    ],
+    # only the first stage has a parameter of the first entry, and some that no entry names
+    "on some": [
+        {"match": r"1\.weight", "lr_scale": 4.0},
+        {"match": "tied_modules", "lr_scale": 2.0},
+        {"match": r"3\.|bias", "weight_decay": 0.0},
+    ],
+}
 
 
-@pytest.mark.parametrize(("stage", "which"), [(0, "ON_SOME"), (1, "ON_ALL")])
-def test_groups_of_a_json_are_by_the_names_of_all_stages(ranks2: Ranks, tmp_path: Path, stage: int, which: str) -> None:
-    groups = globals()[which]
-    assert_one_process(ranks2.run(resumed, stage, str(tmp_path), {"groups": groups}), "fp32", groups=which)
+@pytest.mark.parametrize(("stage", "groups"), [(0, "on some"), (1, "on all stages")])
+def test_groups_of_a_json_are_by_the_names_of_all_stages(
+    ranks2: Ranks, tmp_path: Path, stage: int, groups: str
+) -> None:
+    options = {"groups": GROUPS[groups]}
+    assert_one_process(ranks2.run(resumed, stage, str(tmp_path), options), "fp32", groups=groups)
 
 
 def test_where_deepspeed_would_wait_for_ever(ranks2: Ranks) -> None:
     with pytest.raises(RankError, match=r"(?s)other pipeline stages \(here 4\).*other pipeline stages \(here 2\)"):
-        ranks2.run(given, 1, "fp32", {"groups": ON_SOME})
+        ranks2.run(given, 1, "fp32", {"groups": GROUPS["on some"]})
 
 
 def test_a_pattern_that_no_stage_has_is_an_error_on_all(ranks2: Ranks) -> None:
