@@ -8,9 +8,9 @@
 The counterexamples have no tuning: every optimizer at every rate, three seeds, and all of it is shown.
 
 **What it takes**, measured on 2026-11-27 on two cores. An optimizer in a case is 20 to 90 runs, by its axes; 15 where
-its rate alone is tuned. SHORT is 2400 runs, whose seconds by two processes are 21 minutes, LONG 6400 and 4.7 hours. A
-run of 128 steps takes 1.5 s, of 2048 steps 22 s, and the longest, 1.6M parameters for 2048 steps, two minutes: that case,
-whose rate is tuned on one seed, is a third of LONG.
+its rate alone is tuned. By the seconds of their runs, on two processes, SHORT is 2400 runs in 21 minutes and LONG 6400
+in 4.7 hours. A run of 128 steps takes 1.5 s, of 2048 steps 22 s, and the longest, 1.6M parameters for 2048 steps, two
+minutes: that case, whose rate is tuned on one seed, is a third of LONG.
 """
 
 from __future__ import annotations
