@@ -43,7 +43,7 @@ def with_other_stages(engine: Any, names: Mapping[Tensor, Sequence[str]]) -> dic
     """
     held = {tuple(of_one) for of_one in names.values()}
     elsewhere = set().union(*_of_all_stages(engine, held)) - held
-    return {**names, **{torch.empty(0): of_one for of_one in sorted(elsewhere)}}
+    return {**names, **{torch.empty(0, device="meta"): of_one for of_one in sorted(elsewhere)}}
 
 
 def stages_differ(engine: Any, value: Any) -> bool:
